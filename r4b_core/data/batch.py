@@ -14,6 +14,17 @@ from torch import Tensor
 
 
 @dataclass
+class LossRows:
+    """The loss rows whose hidden state lies on one context-parallel rank; ``source`` counts from its first token."""
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    sequence: Tensor
+    data: dict[str, Tensor]
+
+
+@dataclass
 class PackedBatch:
     """Several sequences in one stream; SFT and RL use the same form.
 
@@ -68,6 +79,16 @@ class PackedBatch:
         """int32 [I+1], where each image's patches begin: cu_seqlens for the ViT's attention."""
         sizes = self.image_grid.prod(dim=1)
         return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> LossRows:
+        """The loss rows whose source lies in ``[start, stop)``; all of them by default."""
+        if start == 0 and stop in (None, self.num_tokens):
+            return LossRows(self.row_source, self.row_target, self.row_weight, self.row_sequence, self.row_data)
+        mine = ((self.row_source >= start) & (self.row_source < stop)).nonzero().squeeze(1)
+        data = {name: column[mine] for name, column in self.row_data.items()}
+        return LossRows(
+            self.row_source[mine] - start, self.row_target[mine], self.row_weight[mine], self.row_sequence[mine], data
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -1,0 +1,73 @@
+"""Initial weights that are the same under every parallel layout.
+
+Each parameter is drawn whole from a generator seeded by its global name, and the rank keeps its shard. So a recipe
+starts from the same weights on one rank and on 64, and layouts can be compared without copying weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int, std: float, num_layers: int) -> None:
+    """Normal(0, std) for matrices (residual outputs scaled by 1/sqrt(2 * num_layers)), ones for norms, zeros for biases.
+
+    Args:
+        model: one pipeline stage; its layers carry their global ``layer_number``.
+        seed: of the run.
+        std: standard deviation of matrices whose input is the hidden size; others are scaled by their fan-in.
+        num_layers: of the decoder, for the residual scale.
+    """
+    offsets = {
+        name: module.layer_number - 1
+        for name, module in model.named_modules()
+        if hasattr(module, "self_attention") and hasattr(module, "layer_number")
+    }
+    for name, parameter in model.named_parameters():
+        parameter.copy_(_initial_value(global_name(name, offsets), parameter, seed, std, num_layers))
+
+
+def global_name(name: str, layer_index: dict[str, int]) -> str:
+    """A parameter's name with its layer's global index, whatever pipeline stage holds it."""
+    for prefix, index in layer_index.items():
+        if name.startswith(prefix + "."):
+            return re.sub(r"\d+$", str(index), prefix) + name[len(prefix) :]
+    return name
+
+
+def _initial_value(name: str, parameter: Tensor, seed: int, std: float, num_layers: int) -> Tensor:
+    if parameter.dim() == 1 and "image_newline" not in name:
+        return torch.zeros_like(parameter) if name.endswith("bias") else torch.ones_like(parameter)
+    # The last stage's copy of tied embeddings must equal the first stage's table.
+    name = name.replace("output_layer.weight", "embedding.word_embeddings.weight") if _is_tied(parameter) else name
+    shape, tp = list(parameter.shape), parallel_state.get_tensor_model_parallel_world_size()
+    sharded = getattr(parameter, "tensor_model_parallel", False) and tp > 1
+    dim = getattr(parameter, "partition_dim", 0)
+    if sharded:
+        shape[dim] *= tp
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    scale = std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        scale = std / math.sqrt(2 * num_layers)
+    full = torch.randn(shape, generator=generator) * scale
+    if sharded:
+        full = _shard(full, dim, getattr(parameter, "partition_stride", 1), tp)
+    return full.to(parameter)
+
+
+def _is_tied(parameter: Tensor) -> bool:
+    return getattr(parameter, "shared_embedding", False)
+
+
+def _shard(full: Tensor, dim: int, stride: int, tp: int) -> Tensor:
+    """My shard of a full tensor; ``stride`` blocks (gate and up) are each split over the ranks."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return torch.cat([block.chunk(tp, dim)[rank] for block in full.chunk(stride, dim)], dim)

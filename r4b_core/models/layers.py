@@ -1,0 +1,144 @@
+"""Megatron-Core layers whose attention, norms and activations are r4b_kernels: shared by both families.
+
+Shapes: t tokens on this rank, B = 1 (Megatron's batch dimension), H hidden, F MLP width, Hq/Hk heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from r4b_kernels import qk_norm_mrope, rms_norm, swiglu
+from torch import Tensor, nn
+
+from r4b_core.models.streams import Stream
+from r4b_core.parallel.device import device
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """TransformerConfig plus what Qwen3 decoders need of rope."""
+
+    rope_theta: float = 1e6
+    mrope_sections: list[int] | None = None
+    mrope_interleaved: bool = False
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm [..., H] that tells Megatron to sum its gradient over sequence-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm [..., H] of the vision tower (never sequence parallel)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device())
+
+
+class DecoderAttention(SelfAttention):
+    """Self-attention with per-head q/k norm and M-RoPE; what it attends to comes with the Stream."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Stream, **unused: object
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = split_qkv(self, hidden_states)
+        query, key = qk_norm_mrope(
+            query,
+            key,
+            self.q_layernorm.weight,
+            self.k_layernorm.weight,
+            packed_seq_params.position_ids,
+            theta=self.config.rope_theta,
+            sections=self.config.mrope_sections,
+            interleaved=self.config.mrope_interleaved,
+            eps=self.config.layernorm_epsilon,
+        )
+        out = packed_seq_params.attend(self.layer_number, query, key, value)
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+
+class VisionAttention(SelfAttention):
+    """Bidirectional self-attention of the vision tower, without rope (SigLIP)."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Stream, **unused: object
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = split_qkv(self, hidden_states)
+        out = packed_seq_params.attend(self.layer_number, query, key, value)
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+
+def split_qkv(attention: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project [t, 1, H] (this rank's share under sequence parallelism) to q [T, Hq, D] and k, v [T, Hk, D].
+
+    Megatron lays the joint projection out by KV group: the group's queries, its key, its value.
+    """
+    mixed, _ = attention.linear_qkv(hidden_states)
+    groups = attention.num_query_groups_per_partition
+    per_group = attention.num_attention_heads_per_partition // groups
+    dim = attention.hidden_size_per_attention_head
+    mixed = mixed.view(mixed.shape[0], groups, per_group + 2, dim)
+    query, key, value = mixed.split([per_group, 1, 1], dim=2)
+    tokens = mixed.shape[0]
+    return query.reshape(tokens, groups * per_group, dim), key.reshape(tokens, groups, dim), value.reshape(tokens, groups, dim)
+
+
+class GatedMLP(MLP):
+    """SwiGLU MLP."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: object) -> tuple:  # type: ignore[override]
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_up))
+
+
+def _layer_spec(attention: type, mlp: type, norm: type, qk_norm: type | None) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=attention,
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=IdentityOp,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=mlp, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Pre-norm Qwen3 blocks: RMSNorm, q/k norm, GQA, SwiGLU."""
+    layer = _layer_spec(DecoderAttention, GatedMLP, RMSNorm, RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def vision_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Pre-norm ViT blocks: LayerNorm, biases, GELU MLP."""
+    layer = _layer_spec(VisionAttention, MLP, LayerNorm, None)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

@@ -1,0 +1,94 @@
+"""Put (or add) vision features into the rows of a token stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r4b_kernels import dispatch
+from r4b_kernels.scatter_vision import cpu as _cpu
+from r4b_kernels.scatter_vision import reference as _reference
+
+dispatch.register("scatter_vision", "cpu", dispatch.only_on("cpu"))(_cpu.Backend)
+dispatch.register("scatter_vision", "reference")(_reference.Backend)
+
+
+def scatter_vision(
+    embeddings: Tensor, features: Tensor, index: Tensor, *, accumulate: bool = False, backend: str | None = None
+) -> Tensor:
+    """Row t of the result is ``features[index[t]]`` (plus ``embeddings[t]`` if accumulate) or, for -1, ``embeddings[t]``.
+
+    Replacing is how image tokens get their embedding; adding is how DeepStack (Qwen3-VL) feeds early layers. A feature
+    row may be used by several tokens, its gradient is then their sum in ascending token order (float32 sum,
+    bit-repeatable), or by none.
+
+    Args:
+        embeddings: [T, H], floating point.
+        features: [P, H], the dtype and device of embeddings.
+        index: [T] int64 or int32, -1 or a row of features.
+        accumulate: add instead of replace.
+        backend: a backend by name; by default the best one for the device.
+
+    Returns:
+        [T, H] in the dtype of embeddings; always new memory.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices that do not fit, or (on the CPU) an index outside -1 .. P-1.
+        BackendError: if ``backend`` does not exist or cannot serve the device.
+    """
+    if embeddings.dim() != 2 or not embeddings.is_floating_point():
+        raise ValueError(f"embeddings is {embeddings.dtype} {list(embeddings.shape)}: expected floating point [T, H]")
+    if features.dim() != 2 or features.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"features has shape {list(features.shape)}: expected [P, {embeddings.shape[1]}] as embeddings")
+    if features.dtype != embeddings.dtype:
+        raise ValueError(f"features is {features.dtype}, embeddings {embeddings.dtype}: they must agree")
+    if index.dtype not in (torch.int32, torch.int64) or tuple(index.shape) != (embeddings.shape[0],):
+        raise ValueError(
+            f"index is {index.dtype} {list(index.shape)}: expected int64 or int32 [{embeddings.shape[0]}], one per token"
+        )
+    for name, tensor in (("features", features), ("index", index)):
+        if tensor.device != embeddings.device:
+            raise ValueError(f"{name} is on {tensor.device}, embeddings on {embeddings.device}: they must agree")
+    return _forward(embeddings, features, index, accumulate, backend)
+
+
+@torch.library.custom_op("r4b_kernels::scatter_vision", mutates_args=())
+def _forward(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bool, backend: str | None) -> Tensor:
+    implementation = dispatch.resolve("scatter_vision", embeddings.device, backend)
+    return implementation.forward(embeddings, features, index, accumulate)
+
+
+@torch.library.custom_op("r4b_kernels::scatter_vision_backward", mutates_args=())
+def _backward(grad_out: Tensor, index: Tensor, num_features: int, backend: str | None) -> Tensor:
+    return dispatch.resolve("scatter_vision", grad_out.device, backend).backward(grad_out, index, num_features)
+
+
+@_forward.register_fake
+def _(embeddings, features, index, accumulate, backend):
+    return embeddings.new_empty(embeddings.shape)
+
+
+@_backward.register_fake
+def _(grad_out, index, num_features, backend):
+    return grad_out.new_empty((num_features, grad_out.shape[1]))
+
+
+def _setup_context(ctx, inputs, output):
+    _, features, index, accumulate, backend = inputs
+    ctx.save_for_backward(index)
+    ctx.num_features, ctx.accumulate, ctx.backend = features.shape[0], accumulate, backend
+
+
+def _autograd(ctx, grad_out):
+    (index,) = ctx.saved_tensors
+    grad_embeddings = grad_features = None
+    if ctx.needs_input_grad[0]:
+        grad_embeddings = grad_out if ctx.accumulate else grad_out.masked_fill((index >= 0)[:, None], 0)
+    if ctx.needs_input_grad[1]:
+        grad_features = _backward(grad_out, index, ctx.num_features, ctx.backend)
+    return grad_embeddings, grad_features, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+__all__ = ["scatter_vision"]

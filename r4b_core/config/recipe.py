@@ -44,7 +44,9 @@ class ParallelConfig(Settings):
     @model_validator(mode="after")
     def _sequence_parallel_needs_tp(self) -> ParallelConfig:
         if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel=true shards over tensor-parallel ranks and tp is 1: set tp >= 2 or turn it off")
+            raise ValueError(
+                "sequence_parallel=true shards over tensor-parallel ranks, tp is 1: set tp >= 2 or turn it off"
+            )
         return self
 
 
@@ -57,7 +59,7 @@ class OptimConfig(Settings):
     clip_grad: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    lr_scale: dict[str, float] = Field(default_factory=dict, description="multiplier by parameter-name prefix; 0 freezes")
+    lr_scale: dict[str, float] = Field(default_factory=dict, description="factor by parameter-name prefix; 0 freezes")
 
 
 class PretrainConfig(Settings):
@@ -89,16 +91,24 @@ class AnnealConfig(Settings):
 PRESETS: dict[str, dict[str, Any]] = {
     "bpo": dict(rollouts="both", importance="token", std=True, reduction="token_mean", clip_low=0.2, clip_high=0.2),
     "grpo": dict(rollouts="free", importance="token", std=True, reduction="sequence_mean", clip_low=0.2, clip_high=0.2),
-    "gspo": dict(rollouts="free", importance="sequence", std=True, reduction="sequence_mean", clip_low=3e-4, clip_high=4e-4),
+    "gspo": dict(
+        rollouts="free", importance="sequence", std=True, reduction="sequence_mean", clip_low=3e-4, clip_high=4e-4
+    ),
     "dr_grpo": dict(rollouts="free", importance="token", std=False, reduction="constant", clip_low=0.2, clip_high=0.2),
     "dapo": dict(
-        rollouts="free", importance="token", std=True, reduction="token_mean", clip_low=0.2, clip_high=0.28, drop_zero_variance=True
+        rollouts="free",
+        importance="token",
+        std=True,
+        reduction="token_mean",
+        clip_low=0.2,
+        clip_high=0.28,
+        drop_zero_variance=True,
     ),
 }
 
 
 class BpoConfig(Settings):
-    """Reinforcement learning (R-4B section 3, Eq. 1). ``algorithm`` fills the fields left unset; any may be overridden."""
+    """Reinforcement learning (R-4B section 3, Eq. 1). ``algorithm`` fills the fields left unset, any may be set."""
 
     steps: int = Field(100, ge=0)
     prompts: int = Field(16, ge=1, description="prompts per step, over all data-parallel ranks")
@@ -107,7 +117,7 @@ class BpoConfig(Settings):
         default_factory=lambda: {"read": 0.2, "count": 0.2, "value": 0.6}, description="share of each question family"
     )
     algorithm: Literal["bpo", "grpo", "gspo", "dr_grpo", "dapo"] = "bpo"
-    rollouts: Literal["both", "free"] = Field("both", description="g of each mode, forced, or 2g with the mode chosen freely")
+    rollouts: Literal["both", "free"] = Field("both", description="g forced into each mode, or 2g that choose freely")
     advantage: Literal["union", "per_mode", "leave_one_out"] = "union"
     std: bool = Field(True, description="divide the advantage by the group's standard deviation")
     importance: Literal["token", "sequence"] = "token"

@@ -1,0 +1,303 @@
+"""Read a recipe: defaults, the algorithm's preset, the file and the command line, each value with its origin."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+import r4b_core
+from r4b_core.config.recipe import PRESETS, Recipe, Settings
+from r4b_core.config.yaml_source import YamlProblem, parse_mapping_or_value, parse_value
+
+KeyPath = tuple[str, ...]
+DEFAULT = "default"
+OVERRIDE = "command line"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. ``problems`` holds every one found, each naming key, value, reason and way out."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"{source}: {self.problems[0]}")
+        else:
+            listed = "".join(f"\n  - {problem}" for problem in self.problems)
+            super().__init__(f"{source}: {len(self.problems)} problems{listed}")
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A validated recipe and where each of its values came from.
+
+    Attributes:
+        recipe: the recipe, complete.
+        origins: dotted key of every value -> "default", "preset grpo", "demo.yaml:12" or "command line".
+        source: the file that was read.
+    """
+
+    recipe: Recipe
+    origins: dict[str, str]
+    source: Path
+
+    def values(self) -> Iterator[tuple[str, Any, str]]:
+        """(dotted key, value, origin) of every value, in the order of the schema."""
+        for path, value in _leaves(self.recipe.model_dump(mode="json"), Recipe):
+            key = ".".join(path)
+            yield key, value, self.origins[key]
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that ship with r4b, by name: from the checkout, or from the installed package."""
+    package = Path(r4b_core.__file__).parent
+    checkout = package.parent / "recipes"
+    folder = checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else package / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file that a command's RECIPE argument means: a path, or the name of a recipe that ships (``demo``).
+
+    Raises:
+        RecipeError: if there is neither; names the shipped recipes.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = builtin_recipes()
+    if path in (Path(path.stem), Path("recipes", f"{path.stem}.yaml")) and path.stem in shipped:
+        return shipped[path.stem]
+    raise RecipeError(str(name), [f"no such file, nor a recipe that ships with r4b ({', '.join(shipped) or 'none'})"])
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """Read a recipe, lay it over the defaults and the algorithm's preset, apply overrides and validate all of it.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe.
+        overrides: ``key=value`` with a dotted key and a YAML value, e.g. ``bpo.steps=10``.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    path = find_recipe(path)
+    try:
+        given, lines = parse_mapping_or_value(path.read_text(encoding="utf-8"))
+    except YamlProblem as problem:
+        raise RecipeError(f"{path.name}:{problem.line}", [problem.reason]) from problem
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), ["not UTF-8 text"]) from error
+    if not isinstance(given, dict):
+        raise RecipeError(str(path), [f"a recipe is a mapping of settings, this is {_kind(given)}"])
+
+    problems: list[str] = []
+    data = _Layers()
+    data.lay(_defaults(), lambda leaf: DEFAULT)
+    asked = _parse_overrides(overrides, problems)
+    algorithm = asked.get(("bpo", "algorithm"), _get(given, "bpo", "algorithm") or data.values["bpo"]["algorithm"])
+    if isinstance(algorithm, str) and algorithm in PRESETS:
+        data.lay({"bpo": PRESETS[algorithm]}, lambda leaf: f"preset {algorithm}")
+    data.lay(given, lambda leaf: f"{path.name}:{lines.get(leaf, 0)}")
+    for key, value in asked.items():
+        data.put(key, value, OVERRIDE)
+
+    problems += data.problems
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(data.values)
+    except ValidationError as error:
+        problems += _describe(error, data)
+    if problems or recipe is None:
+        raise RecipeError(path.name, problems)
+    origins = {".".join(leaf): data.origin(leaf) for leaf, _ in _leaves(recipe.model_dump(mode="json"), Recipe)}
+    return ResolvedRecipe(recipe, origins, path)
+
+
+def dump_resolved(resolved: Recipe | ResolvedRecipe) -> str:
+    """The complete recipe as YAML: a recipe in its own right that loads to the same values."""
+    recipe = resolved.recipe if isinstance(resolved, ResolvedRecipe) else resolved
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def fingerprint(section: BaseModel | Mapping[str, Any]) -> str:
+    """16 hex digits that change when any value of a recipe or of one of its sections changes."""
+    data = section.model_dump(mode="json") if isinstance(section, BaseModel) else dict(section)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class _Layers:
+    """Values laid over one another, with the origin of each and the problems met on the way."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[KeyPath, str] = {}
+        self.problems: list[str] = []
+
+    def lay(self, tree: Mapping[str, Any], origin_of: Callable[[KeyPath], str]) -> None:
+        for leaf, value in _leaves(tree, Recipe):
+            self.put(leaf, value, origin_of(leaf))
+
+    def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        section: type[BaseModel] | None = Recipe
+        where = self.values
+        for depth, name in enumerate(path):
+            last = depth == len(path) - 1
+            field = section.model_fields.get(name) if section else None
+            if section and field is None:
+                self.problems.append(f"{_at(path, origin)}: unknown key{_suggest(path[: depth + 1])}")
+                return
+            below = _section(field.annotation) if field else None
+            if last and below and not isinstance(value, dict):
+                given = "empty" if value is None else f"set to {_show(value)}"
+                self.problems.append(f"{_at(path, origin)}: is {given}, but is a section of {_names(below)}")
+                return
+            if last and field and isinstance(value, bool) and not _takes_bool(field.annotation):
+                self.problems.append(
+                    f"{_at(path, origin)} = {str(value).lower()}: true and false are for switches, this is not one"
+                )
+                return
+            if last:
+                where[name] = value
+                break
+            if field and below is None and not isinstance(where.get(name), dict):
+                self.problems.append(f"{_at(path, origin)}: unknown key; {'.'.join(path[: depth + 1])} holds one value")
+                return
+            where = where.setdefault(name, {})
+            section = below
+        self.origins[path] = origin
+
+    def origin(self, leaf: KeyPath) -> str:
+        """The origin of a value: its own, or the last one that changed a part of it."""
+        parts = [origin for path, origin in self.origins.items() if path[: len(leaf)] == leaf]
+        return parts[-1] if parts else DEFAULT
+
+
+def _defaults() -> dict[str, Any]:
+    """Every default of the schema as plain data; ``name`` has none."""
+    data = Recipe(name="-").model_dump(mode="json")
+    del data["name"]
+    return data
+
+
+def _leaves(
+    tree: Mapping[str, Any], schema: type[BaseModel] | None, path: KeyPath = ()
+) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value below a tree; a free-form mapping (``anneal.mix``) is one value, and so is what the schema lacks."""
+    for name, value in tree.items():
+        field = schema.model_fields.get(name) if schema else None
+        below = _section(field.annotation) if field else None
+        if below and isinstance(value, Mapping):
+            yield from _leaves(value, below, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+
+
+def _takes_bool(annotation: Any) -> bool:
+    if annotation in (int, float, str):
+        return False
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_takes_bool(option) for option in get_args(annotation))
+    return True
+
+
+def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[KeyPath, Any]:
+    asked: dict[KeyPath, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            problems.append(f"{text!r} on the command line: an override is KEY=VALUE, such as bpo.steps=10")
+            continue
+        try:
+            asked[tuple(key.strip().split("."))] = parse_value(value)
+        except YamlProblem as problem:
+            problems.append(f"{key} = {value!r} on the command line: {problem.reason}")
+    return asked
+
+
+def _describe(error: ValidationError, data: _Layers) -> list[str]:
+    """pydantic's errors in the words of a recipe."""
+    problems = []
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"])
+        origin = data.origin(path[:-1] if path not in data.origins and path[:-1] in data.origins else path)
+        if item["type"] == "missing":
+            problems.append(f"{'.'.join(path)}: is required and not set")
+        elif path and _section_at(path) is None:
+            reason = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{_at(path, origin)} = {_show(item['input'])}: {reason[0].lower()}{reason[1:]}")
+        else:
+            problems.append(f"{'.'.join(path) or 'recipe'}: {item['msg'].removeprefix('Value error, ')}")
+    return problems
+
+
+def _section_at(path: KeyPath) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Recipe
+    for name in path:
+        field = section.model_fields.get(name) if section else None
+        section = _section(field.annotation) if field else None
+    return section
+
+
+def _suggest(path: KeyPath) -> str:
+    """The nearest valid key: a sibling, else the same name in another section, else the most similar key."""
+    leaf, parents = path[-1], path[:-1]
+    siblings = [key for key in _all_keys() if key[:-1] == parents]
+    if near := difflib.get_close_matches(leaf, [key[-1] for key in siblings], n=1, cutoff=0.7):
+        return f"; did you mean {'.'.join((*parents, near[0]))}?"
+    same_name = [key for key in _all_keys() if key[-1] == leaf]
+    same_name.sort(key=lambda key: -len([None for a, b in zip(key, path, strict=False) if a == b]))
+    if same_name:
+        return f"; did you mean {'.'.join(same_name[0])}?"
+    if near := difflib.get_close_matches(leaf, [key[-1] for key in _all_keys()], n=1, cutoff=0.75):
+        return f"; did you mean {'.'.join(next(key for key in _all_keys() if key[-1] == near[0]))}?"
+    return f"; {'.'.join(parents) or 'a recipe'} holds {', '.join(key[-1] for key in siblings)}"
+
+
+def _all_keys(schema: type[BaseModel] = Recipe, path: KeyPath = ()) -> list[KeyPath]:
+    keys: list[KeyPath] = []
+    for name, field in schema.model_fields.items():
+        keys.append((*path, name))
+        if below := _section(field.annotation):
+            keys += _all_keys(below, (*path, name))
+    return keys
+
+
+def _names(schema: type[BaseModel]) -> str:
+    return ", ".join(schema.model_fields)
+
+
+def _at(path: KeyPath, origin: str) -> str:
+    """``bpo.steps`` with its place: ``bpo.steps (line 12)``; the file's name leads the whole message."""
+    where = origin.rpartition(":")[2]
+    if origin == OVERRIDE:
+        return f"{'.'.join(path)} (command line)"
+    return f"{'.'.join(path)} (line {where})" if where.isdigit() else ".".join(path)
+
+
+def _get(tree: Any, *path: str) -> Any:
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,77 +20,71 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # From here on a call of its own costs less than the gather and the padding it saves.
 LONG = 512
 # Lengths in a bucket are at least this share of its longest, or within SLACK tokens of it.
-FILL = 0.75
+FILL = 0.85
 SLACK = 2
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """``count`` segments padded to ``length``, at rows ``[row, row + count * length)`` of the gathered stream."""
+    """``count`` segments gathered into one call, padded on the right to ``length`` with their own first token."""
 
-    row: int
     count: int
     length: int
+    source: Tensor  # int64 [count * length], the token to read into every row
+    target: Tensor  # int64 [count * length], the token to write every row to; the plan's total for padding
+    padding: Tensor  # bool [count * length, 1], rows that are padding
     bias: Tensor | None  # float32 [count, 1, 1, length], -inf on padding keys; None where none can be seen
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run a set of segments: long ones in place, the rest gathered into buckets."""
+    """How to run a set of segments of ``[0, total)``: long ones in place, the rest gathered into buckets."""
 
+    total: int
     long: tuple[tuple[int, int], ...]
     buckets: tuple[Bucket, ...]
-    rows: Tensor  # int64 [R], the token in every row of the gathered stream
-    padding: Tensor  # bool [R, 1], rows that are padding
-    tokens: Tensor  # int64 [M], tokens of the bucketed segments, ascending
-    place: Tensor  # int64 [M], the row of each of them
 
 
-def make_plan(segments: Sequence[tuple[int, int]], causal: bool) -> Plan:
-    """Plan for disjoint [start, stop) segments. Empty ones need no call."""
-    long = tuple((start, stop) for start, stop in segments if stop - start >= LONG)
-    short = sorted((stop - start, start) for start, stop in segments if 0 < stop - start < LONG)[::-1]
-    buckets, rows, row = [], [], 0
-    first = 0
+def make_plan(bounds: Sequence[int], causal: bool) -> Plan:
+    """Plan for the segments ``[bounds[i], bounds[i + 1])``. Empty ones need no call."""
+    total = bounds[-1]
+    segments = [(stop - start, start) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    long = tuple((start, start + length) for length, start in segments if length >= LONG)
+    short = sorted((segment for segment in segments if 0 < segment[0] < LONG), reverse=True)
+    buckets, first = [], 0
     while first < len(short):
         length = short[first][0]
         shortest = min(FILL * length, length - SLACK)
         last = first
         while last < len(short) and short[last][0] >= shortest:
             last += 1
-        own = torch.tensor(short[first:last], dtype=torch.int64)
+        lengths, starts = torch.tensor(short[first:last], dtype=torch.int64).split(1, dim=1)
         column = torch.arange(length)
-        valid = column < own[:, :1]
+        valid = column < lengths
         # A causal row never sees the padding to its right; a bidirectional one must be kept from it.
         bias = None
         if not causal and not bool(valid.all()):
             bias = torch.zeros(valid.shape).masked_fill_(~valid, float("-inf"))[:, None, None, :]
-        buckets.append(Bucket(row, last - first, length, bias))
-        rows.append(torch.stack([torch.where(valid, own[:, 1:] + column, own[:, 1:]), valid.long()]).flatten(1))
-        row += (last - first) * length
+        source = (starts + column * valid).flatten()
+        target = torch.where(valid, starts + column, total).flatten()
+        buckets.append(Bucket(last - first, length, source, target, ~valid.view(-1, 1), bias))
         first = last
-
-    token_of_row, valid = torch.cat(rows, dim=1) if rows else torch.empty(2, 0, dtype=torch.int64)
-    place = valid.nonzero().squeeze(1)
-    tokens, order = token_of_row[place].sort()
-    return Plan(long, tuple(buckets), token_of_row, ~valid.bool()[:, None], tokens, place[order])
+    return Plan(total, long, tuple(buckets))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, causal: bool, scale: float, out: Tensor, lse: Tensor) -> None:
-    """Write the attention of the planned segments into out [T, Hq, D] and lse [T, Hq]; other rows stay untouched."""
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [T, Hq, D], lse [T, Hq]) of the planned segments; tokens after them have output 0 and lse -inf."""
+    out, lse = _with_spare_row(q), _with_spare_row(q[..., 0])
     for start, stop in plan.long:
         out[start:stop], lse[start:stop] = attend(q[start:stop], k[start:stop], v[start:stop], causal, scale)
-    if not plan.buckets:
-        return
-    gathered = [x.index_select(0, plan.rows) for x in (q, k, v)]
-    outs, lses = [], []
     for bucket in plan.buckets:
-        batch = [_rows(x, bucket).transpose(1, 2) for x in gathered]
+        batch = (_batched(x.index_select(0, bucket.source), bucket) for x in (q, k, v))
         part, part_lse = _flash(*batch, 0.0, causal, attn_mask=_bias(bucket, q.dtype), scale=scale)
-        outs.append(part.transpose(1, 2).reshape(-1, *q.shape[1:]))
-        lses.append(part_lse.transpose(1, 2).reshape(-1, q.shape[1]))
-    _scatter(out, torch.cat(outs), plan)
-    _scatter(lse, torch.cat(lses), plan)
+        _scatter(out, part, bucket)
+        _scatter(lse, part_lse, bucket)
+    out[plan.total :] = 0
+    lse[plan.total :] = float("-inf")
+    return out[: q.shape[0]], lse[: q.shape[0]]
 
 
 def backward(
@@ -103,30 +97,29 @@ def backward(
     plan: Plan,
     causal: bool,
     scale: float,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Write the gradients of the planned segments into ``grads``; other rows stay untouched.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to q, k and v through the planned segments; 0 for tokens after them.
 
     ``out`` and ``lse`` may be those of a softmax over more keys than the segment's own (flash attention's backward
     needs only the final ones).
     """
+    grads = (_with_spare_row(q), _with_spare_row(k), _with_spare_row(v))
     for start, stop in plan.long:
-        part = (x[start:stop] for x in (grad_out, q, k, v, out, lse))
-        for grad, value in zip(grads, attend_backward(*part, causal, scale), strict=True):
-            grad[start:stop] = value
-    if not plan.buckets:
-        return
-    gathered = [x.index_select(0, plan.rows) for x in (grad_out, q, k, v, out, lse)]
-    # exp(score - inf) = 0: a padding row gives nothing to any gradient.
-    gathered[-1].masked_fill_(plan.padding, float("inf"))
-    pieces: tuple[list[Tensor], ...] = ([], [], [])
+        span = slice(start, stop)
+        parts = attend_backward(grad_out[span], q[span], k[span], v[span], out[span], lse[span], causal, scale)
+        for grad, part in zip(grads, parts, strict=True):
+            grad[span] = part
     for bucket in plan.buckets:
-        batch = [_rows(x, bucket).transpose(1, 2) for x in gathered]
+        *rows, lse_rows = (x.index_select(0, bucket.source) for x in (grad_out, q, k, v, out, lse))
+        # exp(score - inf) = 0: a padding row gives nothing to any gradient.
+        lse_rows.masked_fill_(bucket.padding, float("inf"))
+        batch = (_batched(x, bucket) for x in (*rows, lse_rows))
         parts = _flash_backward(*batch, 0.0, causal, attn_mask=_bias(bucket, q.dtype), scale=scale)
-        for piece, part, grad in zip(pieces, parts, grads, strict=True):
-            piece.append(part.transpose(1, 2).reshape(-1, *grad.shape[1:]))
-    for grad, piece in zip(grads, pieces, strict=True):
-        _scatter(grad, torch.cat(piece), plan)
+        for grad, part in zip(grads, parts, strict=True):
+            _scatter(grad, part, bucket)
+    for grad in grads:
+        grad[plan.total :] = 0
+    return grads[0][: q.shape[0]], grads[1][: q.shape[0]], grads[2][: q.shape[0]]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -144,20 +137,21 @@ def attend_backward(
     return tuple(grad[0].transpose(0, 1) for grad in grads)
 
 
-def _rows(x: Tensor, bucket: Bucket) -> Tensor:
-    return x[bucket.row : bucket.row + bucket.count * bucket.length].view(bucket.count, bucket.length, *x.shape[1:])
+def _batched(rows: Tensor, bucket: Bucket) -> Tensor:
+    return rows.view(bucket.count, bucket.length, *rows.shape[1:]).transpose(1, 2)
 
 
 def _bias(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
     return None if bucket.bias is None else bucket.bias.to(dtype)
 
 
-def _scatter(target: Tensor, rows: Tensor, plan: Plan) -> None:
-    first, last = int(plan.tokens[0]), int(plan.tokens[-1]) + 1
-    if last - first == plan.tokens.numel():
-        torch.index_select(rows, 0, plan.place, out=target[first:last])
-    else:
-        target.index_copy_(0, plan.tokens, rows.index_select(0, plan.place))
+def _with_spare_row(like: Tensor) -> Tensor:
+    """Memory for T + 1 rows: padding is written to the row after the last segment, so that a bucket is written whole."""
+    return torch.empty((like.shape[0] + 1, *like.shape[1:]), dtype=like.dtype)
+
+
+def _scatter(stream: Tensor, part: Tensor, bucket: Bucket) -> None:
+    stream.index_copy_(0, bucket.target, part.transpose(1, 2).reshape(-1, *stream.shape[1:]))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -58,9 +58,13 @@ def prefix_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected three dimensions [tokens, heads, head_dim]")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}: expected three dimensions [tokens, heads, head_dim]"
+            )
         if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: they must agree")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: they must agree"
+            )
     if not q.is_floating_point():
         raise ValueError(f"q has dtype {q.dtype}: expected a floating-point dtype")
     if k.shape != v.shape:

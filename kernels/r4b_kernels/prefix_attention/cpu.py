@@ -18,38 +18,41 @@ from r4b_kernels import _varlen_cpu as varlen
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A parent ``[start, stop)`` and its children's tokens: rows ``[row, row + count)`` of ``Plan.children``."""
+    """The tokens of one parent, and those of all its children: a range where they lie together, else an index."""
 
-    start: int
-    stop: int
-    row: int
-    count: int
+    parent: slice
+    children: slice | Tensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    total: int
     own: varlen.Plan
     rectangles: tuple[Rectangle, ...]
-    children: Tensor  # int64 [C], tokens that have a non-empty parent, grouped by parent
 
 
 class Backend:
+    """Forward and backward as the custom op wants them."""
+
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, parent: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         plan = _plan_for(offsets, parent, q.shape[0])
-        dtype, dtype_out = varlen.working_dtype(q.dtype), q.dtype
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        out = torch.empty(q.shape, dtype=dtype)
-        lse = torch.empty(q.shape[:2], dtype=dtype)
-        out[plan.total :] = 0
-        lse[plan.total :] = float("-inf")
-        varlen.forward(q, k, v, plan.own, True, scale, out, lse)
-        if plan.rectangles:
-            _merge_prefixes(q, k, v, plan, scale, out, lse)
-        return out.to(dtype_out), lse
+        dtype = q.dtype
+        q, k, v = (x.to(varlen.working_dtype(dtype)) for x in (q, k, v))
+        out, lse = varlen.forward(q, k, v, plan.own, True, scale)
+        for rectangle in plan.rectangles:
+            part, part_lse = varlen.attend(
+                q[rectangle.children], k[rectangle.parent], v[rectangle.parent], False, scale
+            )
+            own, own_lse = out[rectangle.children], lse[rectangle.children]
+            merged = torch.logaddexp(own_lse, part_lse)
+            own.mul_((own_lse - merged).exp_()[..., None])
+            own.addcmul_(part, (part_lse - merged).exp_()[..., None])
+            lse[rectangle.children] = merged
+            if isinstance(rectangle.children, Tensor):
+                out[rectangle.children] = own
+        return out.to(dtype), lse
 
     @staticmethod
     def backward(
@@ -64,62 +67,25 @@ class Backend:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan = _plan_for(offsets, parent, q.shape[0])
-        dtype, dtype_out = varlen.working_dtype(q.dtype), q.dtype
-        grad_out, q, k, v, out = (x.to(dtype) for x in (grad_out, q, k, v, out))
-        grads = tuple(torch.empty(x.shape, dtype=dtype) for x in (q, k, v))
-        for grad in grads:
-            grad[plan.total :] = 0
-        varlen.backward(grad_out, q, k, v, out, lse, plan.own, True, scale, grads)
-        if plan.rectangles:
-            _add_prefix_gradients(grad_out, q, k, v, out, lse, plan, scale, grads)
-        return tuple(grad.to(dtype_out) for grad in grads)
-
-
-def _merge_prefixes(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor, lse: Tensor) -> None:
-    queries = q.index_select(0, plan.children)
-    parts = [
-        varlen.attend(queries[r.row : r.row + r.count], k[r.start : r.stop], v[r.start : r.stop], False, scale)
-        for r in plan.rectangles
-    ]
-    shared, shared_lse = torch.cat([part for part, _ in parts]), torch.cat([part_lse for _, part_lse in parts])
-    own, own_lse = out.index_select(0, plan.children), lse.index_select(0, plan.children)
-    merged = torch.logaddexp(own_lse, shared_lse)
-    own.mul_((own_lse - merged).exp_()[..., None])
-    own.addcmul_(shared, (shared_lse - merged).exp_()[..., None])
-    out.index_copy_(0, plan.children, own)
-    lse.index_copy_(0, plan.children, merged)
-
-
-def _add_prefix_gradients(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: Plan,
-    scale: float,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    grad_q, grad_k, grad_v = grads
-    grad_rows, q_rows, out_rows, lse_rows = (x.index_select(0, plan.children) for x in (grad_out, q, out, lse))
-    parts = []
-    for r in plan.rectangles:
-        rows, keys = slice(r.row, r.row + r.count), slice(r.start, r.stop)
-        part_q, part_k, part_v = varlen.attend_backward(
-            grad_rows[rows], q_rows[rows], k[keys], v[keys], out_rows[rows], lse_rows[rows], False, scale
-        )
-        parts.append(part_q)
-        grad_k[keys] += part_k
-        grad_v[keys] += part_v
-    # Every child token is in one rectangle, so no two rows meet and the order of the sum is fixed.
-    grad_q.index_add_(0, plan.children, torch.cat(parts))
+        dtype = q.dtype
+        grad_out, q, k, v, out = (x.to(varlen.working_dtype(dtype)) for x in (grad_out, q, k, v, out))
+        grad_q, grad_k, grad_v = varlen.backward(grad_out, q, k, v, out, lse, plan.own, True, scale)
+        for rectangle in plan.rectangles:
+            rows, keys = rectangle.children, rectangle.parent
+            part_q, part_k, part_v = varlen.attend_backward(
+                grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], False, scale
+            )
+            # Every child, and every parent, is in one rectangle: no two parts meet, so the order of the sums is fixed.
+            grad_q[rows] += part_q
+            grad_k[keys] += part_k
+            grad_v[keys] += part_v
+        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
 def _plan_for(offsets: Tensor, parent: Tensor, num_tokens: int) -> Plan:
     plan = _make_plan(offsets.numpy().tobytes(), parent.numpy().tobytes())
-    if plan.total > num_tokens:
-        raise ValueError(f"layout covers {plan.total} tokens but q has {num_tokens}: the layout is longer than the stream")
+    if plan.own.total > num_tokens:
+        raise ValueError(f"layout covers {plan.own.total} tokens but q has {num_tokens}: cut it to the stream's length")
     return plan
 
 
@@ -132,16 +98,18 @@ def _make_plan(offsets_bytes: bytes, parent_bytes: bytes) -> Plan:
     children: dict[int, list[tuple[int, int]]] = {}
     for segment, owner in enumerate(parents):
         if owner != -1 and not (0 <= owner < segment and parents[owner] == -1):
-            raise ValueError(f"layout.parent[{segment}] = {owner}: a parent must be an earlier segment without a parent")
+            raise ValueError(
+                f"layout.parent[{segment}] = {owner}: a parent must be an earlier segment that has no parent itself"
+            )
         if owner >= 0 and bounds[owner] < bounds[owner + 1] and bounds[segment] < bounds[segment + 1]:
             children.setdefault(owner, []).append((bounds[segment], bounds[segment + 1]))
+    rectangles = tuple(
+        Rectangle(slice(bounds[owner], bounds[owner + 1]), _tokens(spans)) for owner, spans in children.items()
+    )
+    return Plan(varlen.make_plan(bounds, causal=True), rectangles)
 
-    rectangles, tokens, row = [], [], 0
-    for owner, spans in children.items():
-        count = sum(stop - start for start, stop in spans)
-        rectangles.append(Rectangle(bounds[owner], bounds[owner + 1], row, count))
-        tokens.extend(torch.arange(start, stop) for start, stop in spans)
-        row += count
-    own = varlen.make_plan(list(zip(bounds, bounds[1:], strict=False)), causal=True)
-    index = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)
-    return Plan(bounds[-1], own, tuple(rectangles), index)
+
+def _tokens(spans: list[tuple[int, int]]) -> slice | Tensor:
+    if all(stop == start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)):
+        return slice(spans[0][0], spans[-1][1])
+    return torch.cat([torch.arange(start, stop) for start, stop in spans])

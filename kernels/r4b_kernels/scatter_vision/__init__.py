@@ -39,7 +39,9 @@ def scatter_vision(
     if embeddings.dim() != 2 or not embeddings.is_floating_point():
         raise ValueError(f"embeddings is {embeddings.dtype} {list(embeddings.shape)}: expected floating point [T, H]")
     if features.dim() != 2 or features.shape[1] != embeddings.shape[1]:
-        raise ValueError(f"features has shape {list(features.shape)}: expected [P, {embeddings.shape[1]}] as embeddings")
+        raise ValueError(
+            f"features has shape {list(features.shape)}: expected [P, {embeddings.shape[1]}] as embeddings"
+        )
     if features.dtype != embeddings.dtype:
         raise ValueError(f"features is {features.dtype}, embeddings {embeddings.dtype}: they must agree")
     if index.dtype not in (torch.int32, torch.int64) or tuple(index.shape) != (embeddings.shape[0],):

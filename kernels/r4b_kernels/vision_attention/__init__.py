@@ -35,9 +35,13 @@ def vision_attention(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3 or tensor.shape != q.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, q {list(q.shape)}: expected [patches, heads, head_dim]")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, q {list(q.shape)}: expected [patches, heads, head_dim]"
+            )
         if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: they must agree")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: they must agree"
+            )
     if not q.is_floating_point():
         raise ValueError(f"q has dtype {q.dtype}: expected a floating-point dtype")
     if q.shape[1] < 1 or q.shape[2] < 1:

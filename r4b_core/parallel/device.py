@@ -1,0 +1,254 @@
+"""Where tensors live and how ranks talk: all that running Megatron-Core without a GPU takes.
+
+Megatron-Core names CUDA in its source. Where there is no GPU, :func:`activate` gives *its* modules, and no others, a
+``torch`` in which CUDA means the CPU. With a GPU it does nothing. Our own code asks :func:`device` and
+:func:`distributed_backend`, and never writes ``torch.cuda``, so on a CPU a slip of ours raises instead of passing.
+
+What changes, inside ``megatron.*`` only:
+
+====================================================  ==================================================================
+call in Megatron-Core                                 on a CPU
+====================================================  ==================================================================
+``torch.cuda.current_device()``                       ``torch.device("cpu")``
+``torch.cuda.synchronize``, ``empty_cache``, streams  nothing to do
+``torch.cuda.manual_seed``, ``get/set_rng_state``     the CPU's default generator
+``torch.zeros(..., device="cuda")`` and the like      the same on the CPU, ``pin_memory`` dropped
+``tensor.cuda()``                                     the tensor itself
+``tensor.type()``                                     the name of the CUDA type (compared with strings only)
+``@jit_fuser``, ``@torch.compile`` at import          the plain function: no compiler runs on a CPU
+====================================================  ==================================================================
+
+``torch.cuda.is_available()`` stays False, since several paths choose the CPU by it. No environment variable is set.
+
+Import this module before any ``megatron`` module: only then are the functions it would compile left plain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand",
+    "rand_like", "randint", "randn", "randn_like", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+
+_HARMLESS_WARNINGS = (
+    r".*Transformer Engine and Apex are not installed.*",
+    r".*transformer_engine.*not (installed|found|available).*",
+    r".*[Aa]pex (is )?not (installed|found|available).*",
+    r".*all_gather_into_tensor.*deprecated.*",
+    r".*reduce_scatter_tensor.*deprecated.*",
+    r".*_all_gather_base.*deprecated.*",
+    r".*_reduce_scatter_base.*deprecated.*",
+)
+_HARMLESS_IN_MEGATRON = (
+    r".*full scope is deprecated.*",
+    r".*The \.grad attribute of a Tensor that is not a leaf Tensor.*",
+)
+
+_active = False
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU (``LOCAL_RANK``), or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def distributed_backend() -> str:
+    """``nccl`` for tensors on GPUs with ``gloo`` for those on the host, or ``gloo`` alone."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until the device has done all it was given (nothing to wait for on a CPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def select_device() -> None:
+    """Make this rank's GPU the current one. Must come before the first collective."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+
+
+def get_rng_state() -> torch.Tensor:
+    """State of the generator that the device's random numbers come from, uint8 on the host."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    """Inverse of :func:`get_rng_state`."""
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
+
+
+def activate() -> None:
+    """Make Megatron-Core run on this machine's device. Idempotent; does nothing where there is a GPU."""
+    global _active
+    _silence()
+    if torch.cuda.is_available() or _active:
+        return
+    stand_in = _cpu_torch()
+    sys.meta_path.insert(0, _MegatronFinder(stand_in))
+    for name, module in list(sys.modules.items()):
+        if _is_megatron(name):
+            _adapt(module, stand_in)
+    _patch_tensor_methods()
+    _active = True
+
+
+def _silence() -> None:
+    for pattern in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for pattern in _HARMLESS_IN_MEGATRON:
+        warnings.filterwarnings("ignore", message=pattern, module=r"megatron\.")
+    if not torch.cuda.is_available():
+        # Its tracker keeps "GPU" states in the CPU generator here, so it warns at each fork.
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+
+def _is_megatron(name: str) -> bool:
+    return name == "megatron" or name.startswith("megatron.")
+
+
+def _names_cuda(value: Any) -> bool:
+    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _Stream:
+    """Stands for a CUDA stream where work is done at once."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _cpu_torch() -> types.ModuleType:
+    """A copy of the ``torch`` module in which CUDA means the CPU. ``torch`` itself is not touched."""
+    cuda = types.ModuleType("torch.cuda")
+    cuda.__dict__.update(torch.cuda.__dict__)
+    vars(cuda).update(
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda *_: None,
+        empty_cache=lambda: None,
+        manual_seed=lambda seed: torch.default_generator.manual_seed(seed),
+        manual_seed_all=lambda seed: torch.default_generator.manual_seed(seed),
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+        current_stream=lambda *_: _Stream(),
+        default_stream=lambda *_: _Stream(),
+        nvtx=types.SimpleNamespace(range_push=lambda *_: 0, range_pop=lambda: 0),
+    )
+    stand_in = types.ModuleType("torch")
+    stand_in.__dict__.update(torch.__dict__)
+    stand_in.__dict__.update({name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}, cuda=cuda)
+    return stand_in
+
+
+def _adapt(module: types.ModuleType, stand_in: types.ModuleType) -> None:
+    if vars(module).get("torch") is torch:
+        module.torch = stand_in
+    if module.__name__ == "megatron.core.jit":
+        module.disable_jit_fuser()
+    if module.__name__ == "megatron.core.tensor_parallel.random":
+        # Unpatched, the setter only queues its work until CUDA starts, so a state would never be restored.
+        module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+        module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+class _MegatronFinder(importlib.abc.MetaPathFinder):
+    """Adapts the ``megatron`` modules that are imported from now on."""
+
+    def __init__(self, stand_in: types.ModuleType) -> None:
+        self.stand_in = stand_in
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if not _is_megatron(name):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                with _no_compiler():
+                    execute(module)
+                _adapt(module, self.stand_in)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _patch_tensor_methods() -> None:
+    """``tensor.cuda()`` and ``tensor.type()`` answer calls from ``megatron.*`` as a GPU would; others are as before."""
+    cuda, type_ = torch.Tensor.cuda, torch.Tensor.type
+
+    def from_megatron() -> bool:
+        return _is_megatron(sys._getframe(2).f_globals.get("__name__", ""))
+
+    def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if from_megatron() else cuda(self, *args, **kwargs)
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not from_megatron():
+            return type_(self, *args, **kwargs)
+        return type_(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.cuda = tensor_cuda
+    torch.Tensor.type = tensor_type
+
+
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """While open, ``torch.compile`` as a decorator returns the function it was given."""
+
+    def plain(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+        return function if function is not None else (lambda inner: inner)
+
+    original = torch.compile
+    torch.compile = plain
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _import_megatron() -> None:
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            stack.enter_context(_no_compiler())
+        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.optimizer")
+
+
+_import_megatron()
+activate()

@@ -33,7 +33,7 @@ class Alarms:
     """
 
     thinking_band: tuple[float, float] = (0.02, 0.98)
-    patience: int = 3
+    patience: int = 4
     _outside: int = field(default=0, init=False)
     _raised: set[str] = field(default_factory=set, init=False)
 
@@ -80,11 +80,11 @@ class Alarms:
             return []
         low, high = self.thinking_band
         self._outside = 0 if low <= value <= high else self._outside + 1
-        mode, other = ("direct", "thinking") if value < low else ("thinking", "direct")
+        seen, lost = ("hardly ever thinks", "thinking") if value < low else ("nearly always thinks", "a direct answer")
         message = (
-            f"the free thinking rate is {value:.3f}, outside [{low:g}, {high:g}] for {self._outside} probes: the model "
-            f"collapsed to {mode} and no longer tries {other}; use bpo.rollouts: both, more bpo.kl_coef, or another "
-            "bpo.mix, or widen bpo.thinking_band if this is wanted"
+            f"the free thinking rate is {value:.3f}, for {self._outside} probes outside [{low:g}, {high:g}]: the model "
+            f"{seen}, so it cannot learn where {lost} is better; use bpo.rollouts: both, another bpo.mix or a "
+            "larger bpo.kl_coef, or widen bpo.thinking_band if this is wanted"
         )
         return self._edge("collapse", self._outside >= self.patience, Alarm("thinking_collapse", message))
 

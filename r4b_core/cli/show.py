@@ -1,0 +1,43 @@
+"""`r4b show`: a recipe with every value and where it came from."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from r4b_core.cli.arguments import Overrides, RecipeName
+
+
+def show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Leave out the defaults.")] = False,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the complete recipe as YAML.")] = False,
+) -> None:
+    """Show the complete recipe and where each value came from."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from r4b_core.cli.output import console, say
+    from r4b_core.config.load import DEFAULT, dump_resolved, load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+    if as_yaml:
+        say(dump_resolved(resolved).rstrip())
+        return
+    table = Table(title=str(resolved.source), title_justify="left", box=None, pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("origin", no_wrap=True)
+    section = ""
+    for key, value, origin in resolved.values():
+        if changed and origin == DEFAULT:
+            continue
+        if key.partition(".")[0] != section and section:
+            table.add_section()
+        section = key.partition(".")[0]
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        table.add_row(escape(key), escape(text), escape(origin), style="dim" if origin == DEFAULT else "bold")
+    console().print(table)

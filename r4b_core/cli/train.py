@@ -1,0 +1,40 @@
+"""`r4b train`: run a recipe's stages in a run folder."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r4b_core.cli.arguments import Overrides, RecipeName
+
+
+class Resume(StrEnum):
+    auto = "auto"
+    never = "never"
+
+
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="The run folder. (default: runs/NAME)")] = None,
+    resume: Annotated[
+        Resume, typer.Option(help="auto goes on from the newest complete checkpoint; never wants a new folder.")
+    ] = Resume.auto,
+) -> None:
+    """Run a recipe: pre-training, bi-mode annealing, BPO, evaluation.
+
+    On several GPUs: torchrun --nproc-per-node=8 -m r4b_core.cli.main train RECIPE
+    """
+    from r4b_core.cli.layout import fit
+    from r4b_core.config.layout import world_size_from_environment
+    from r4b_core.config.load import load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+    fit(resolved.recipe, world_size_from_environment())
+
+    from r4b_core.stages.run import run_recipe
+
+    run_recipe(resolved, run or Path("runs") / resolved.recipe.name, resume=resume.value)

@@ -47,7 +47,7 @@ SET_LAST_SHARE = 0.2
 SHORT_SHARE = 0.5
 
 _INK = np.array([255, 252, 240], np.float32)
-_GROUND = np.array([[98, 104, 116], [206, 98, 16], [38, 88, 190], [22, 132, 74]], np.float32)
+_GROUND = np.array([[86, 92, 104], [206, 98, 16], [38, 88, 190], [22, 132, 74]], np.float32)
 _EDGE_SHADE = 0.72
 _DIGITS_OF_KIND = (tuple(range(10)), tuple(range(1, 10)), MULTIPLIERS, tuple(range(10)))
 _DEFAULT = DataConfig()

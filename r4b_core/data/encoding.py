@@ -1,0 +1,133 @@
+"""From samples to tokens: prompts with their image tokens expanded, and responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r4b_core.data.batch import PackedBatch
+from r4b_core.data.processing import ImageError, PromptError, check_question, image_to_patches
+from r4b_core.data.quarantine import Quarantine
+from r4b_core.data.schema import Sample
+from r4b_core.data.tokenizer import Tokenizer
+from r4b_core.modes import NEWLINE, THINK_OPEN, TURN_END, TURN_START
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt of n tokens with I images of P patches in all; it ends with ``<think>``.
+
+    Attributes:
+        tokens: int64 [n].
+        vision_index: int64 [n], the patch (of this prompt's) that a token stands for; -1 text, -2 row separator.
+        patches: float32 [P, C].
+        image_grid: int64 [I, 3], (time, height, width) in patches.
+    """
+
+    tokens: Tensor
+    vision_index: Tensor
+    patches: Tensor
+    image_grid: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [3, n]: the decoder counts image tokens like text."""
+        return torch.arange(self.num_tokens).expand(3, -1)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first response token."""
+        return self.num_tokens
+
+
+def encode_prompt(tokenizer: Tokenizer, sample: Sample, patch_size: int = 16) -> EncodedPrompt:
+    """The prompt of a sample: its images and question in the user's turn, then the assistant's header and ``<think>``.
+
+    An image stands as one token per patch in raster order and one row separator after each row of patches.
+
+    Raises:
+        PromptError: if images and ``<image>`` marks do not match, or the question holds a tag.
+        ImageError: if an image does not divide into patches.
+        ValueError: if the tokenizer does not know a word.
+    """
+    question = check_question(sample.question, len(sample.images))
+    text = f"{TURN_START}user{NEWLINE}{question}{TURN_END}{NEWLINE}{TURN_START}assistant{NEWLINE}{THINK_OPEN}"
+    cut = [image_to_patches(image, patch_size) for image in sample.images]
+    tokens, vision_index = expand_images(tokenizer, text, tuple(grid for _, grid in cut))
+    patches = np.concatenate([patches for patches, _ in cut]) if cut else np.zeros((0, 3 * patch_size**2), np.float32)
+    grid = torch.tensor([grid for _, grid in cut], dtype=torch.int64).view(-1, 3)
+    return EncodedPrompt(tokens, vision_index, torch.from_numpy(patches), grid)
+
+
+def encode_response(tokenizer: Tokenizer, sample: Sample) -> list[int]:
+    """Tokens of the sample's response, from the decision to the turn end.
+
+    Raises:
+        ValueError: if the sample has no response.
+    """
+    if not sample.response:
+        raise ValueError(f"sample {sample.id!r} has no response: annotate it before training on it")
+    return tokenizer.encode(sample.response)
+
+
+def encode_samples(
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    quarantine: Quarantine,
+    capacity: int,
+    response_budget: int | None = None,
+    patch_size: int = 16,
+) -> list[tuple[Sample, EncodedPrompt]]:
+    """The samples that can be trained on, with their prompts; the others go to quarantine with the reason.
+
+    ``response_budget`` is the room in tokens kept for a response (new tokens of a rollout); None takes the length of
+    the sample's own response.
+    """
+    kept = []
+    for sample in samples:
+        try:
+            prompt = encode_prompt(tokenizer, sample, patch_size)
+            room = len(encode_response(tokenizer, sample)) if response_budget is None else response_budget
+        except ImageError as error:
+            quarantine.add(sample.id, "image cannot be used", str(error))
+        except PromptError as error:
+            quarantine.add(sample.id, "question cannot be used", str(error))
+        except ValueError as error:
+            quarantine.add(sample.id, "text cannot be encoded", str(error))
+        else:
+            if prompt.num_tokens + room > capacity:
+                detail = f"prompt of {prompt.num_tokens} and response of {room} tokens exceed packing.capacity={capacity}"
+                quarantine.add(sample.id, "longer than the packing capacity", detail)
+            else:
+                kept.append((sample, prompt))
+    return kept
+
+
+@lru_cache(maxsize=4096)
+def expand_images(tokenizer: Tokenizer, text: str, grids: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
+    """(tokens, vision_index), int64 [n] each, of a text whose image tokens are expanded. The results are shared."""
+    tokens: list[int] = []
+    index: list[int] = []
+    images = iter(grids)
+    first = 0
+    for token in tokenizer.encode(text):
+        if token != tokenizer.image_token:
+            tokens.append(token)
+            index.append(PackedBatch.TEXT_INDEX)
+            continue
+        time, rows, columns = next(images)
+        for _ in range(time * rows):
+            index += [*range(first, first + columns), PackedBatch.NEWLINE_INDEX]
+            first += columns
+        tokens += [token] * (time * rows * (columns + 1))
+    assert next(images, None) is None, "check_question left one image token per image"
+    return torch.tensor(tokens), torch.tensor(index)

@@ -1,0 +1,1 @@
+"""Evaluation on held-out items: forced direct, forced thinking and auto."""

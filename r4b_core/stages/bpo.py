@@ -1,0 +1,189 @@
+"""Bi-mode Policy Optimization (R-4B section 3, Eq. 1) and its baselines, which differ by switches alone.
+
+prompts -> g thinking + g direct rollouts each -> reward -> advantage over the union of the 2g -> pack every group with
+its prompt once -> clipped policy loss with KL to the annealed model -> update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from r4b_kernels import group_advantage
+
+from r4b_core.config.recipe import BpoConfig
+from r4b_core.data.batch import PackedBatch
+from r4b_core.data.boards import make_samples
+from r4b_core.data.packing import EncodedPrompt, encode_prompt, pack_rollouts
+from r4b_core.data.schema import Sample
+from r4b_core.losses.heads import PolicyHead, row_logprobs
+from r4b_core.losses.policy import response_row_weights
+from r4b_core.models.r4b.model import R4BModel
+from r4b_core.modes import Mode
+from r4b_core.parallel import checkpoint
+from r4b_core.parallel.learner import forward_only
+from r4b_core.rewards import Rewarder
+from r4b_core.rollout.engine import EmbeddedEngine, bimode_requests
+from r4b_core.rollout.gather import generate_groups
+from r4b_core.rollout.sampling import request_seed
+from r4b_core.rollout.types import Group, Request, SamplingParams
+from r4b_core.stages.anneal import packing
+from r4b_core.stages.job import Job, Stage, mean_metrics
+from r4b_core.telemetry.bimode import bimode_metrics, probe_metrics
+
+ROLLOUT_STREAM, PROBE_STREAM = 1, 2
+RESAMPLE_ROUNDS = 3
+
+
+def bpo(job: Job) -> None:
+    config = job.recipe.bpo
+    if config.steps == 0:
+        return
+    reference = reference_model(job) if config.kl_coef > 0 else None
+    stage = job.begin("bpo", config.optim, config.steps, freeze=config.freeze)
+    engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
+    timeline, head = job.run.timeline, PolicyHead(config)
+
+    with Rewarder(length_cost=config.length_cost, budget=config.max_new_tokens) as rewarder:
+        for step in stage.remaining():
+            groups, prompts = [], []
+            for attempt in range(RESAMPLE_ROUNDS if config.drop_zero_variance else 1):
+                samples = draw_prompts(job, step, attempt)
+                encoded = [encode_prompt(job.tokenizer, sample) for sample in samples]
+                with timeline("rollout"):
+                    drawn = rollouts(job, engine, samples, encoded, step, attempt)
+                with timeline("reward"):
+                    rewarder.score(drawn, job.tokenizer)
+                    assign_advantages(drawn, config)
+                kept = [i for i, group in enumerate(drawn) if not config.drop_zero_variance or has_signal(group)]
+                groups += [drawn[i] for i in kept]
+                prompts += [encoded[i] for i in kept]
+                if len(groups) >= config.prompts:
+                    break
+            groups, prompts = groups[: config.prompts] or drawn, prompts[: config.prompts] or encoded
+
+            batches = pack(job, groups, prompts)[job.runtime.dp_rank]
+            with timeline("reference"):
+                if reference is not None:
+                    add_column(job, batches, "ref_logprob", reference)
+                if config.old_logprob == "recompute":
+                    add_column(job, batches, "old_logprob", job.model)
+            with timeline("update"):
+                for _ in range(config.epochs):
+                    result = stage.learner.step(batches, head)
+
+            values = bimode_metrics(groups, job.tokenizer.mode_tokens)
+            if config.probe_every and step % config.probe_every == 0:
+                with timeline("evaluate"):
+                    values |= probe(job, engine, rewarder, step)
+            if step % job.recipe.telemetry.rollouts_every == 0:
+                job.run.write_rollouts("bpo", step + 1, groups)
+            generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+            stage.log(result, {**mean_metrics(result), **values}, generated)
+
+
+def draw_prompts(job: Job, step: int, attempt: int = 0) -> list[Sample]:
+    """The prompts of a step; a pure function of the step, so a resumed run draws the same."""
+    config = job.recipe.bpo
+    return make_samples(
+        "train", job.recipe.seed, f"bpo/{attempt}", step, config.prompts, config.mix, config=job.recipe.data
+    )
+
+
+def rollouts(
+    job: Job, engine: EmbeddedEngine, samples: list[Sample], prompts: list[EncodedPrompt], step: int, attempt: int
+) -> list[Group]:
+    """g thinking and g direct responses per prompt (or 2g free ones), each with its own seed."""
+    config = job.recipe.bpo
+
+    def seed(prompt: int, k: int) -> int:
+        return request_seed(job.recipe.seed, ROLLOUT_STREAM, step, attempt, prompt, k)
+
+    requests = bimode_requests(len(prompts), config.group_size, config.rollouts == "free", seed)
+    params = SamplingParams(config.max_new_tokens, config.temperature)
+    return generate_groups(engine, job.runtime, job.tokenizer, samples, prompts, requests, params)
+
+
+def assign_advantages(groups: Sequence[Group], config: BpoConfig) -> None:
+    """A_k = (r_k - mean) / (std + eps) over the union of a group's 2g rewards, or as the switches say."""
+    flat = [rollout for group in groups for rollout in group.rollouts]
+    sizes = torch.tensor([0] + [len(group.rollouts) for group in groups])
+    advantage = group_advantage(
+        torch.tensor([rollout.reward for rollout in flat]),
+        sizes.cumsum(0),
+        torch.tensor([int(rollout.taken is Mode.THINKING) for rollout in flat]),
+        baseline=config.advantage,
+        std=config.std,
+    ).advantage
+    for rollout, value in zip(flat, advantage.tolist(), strict=True):
+        rollout.advantage = value
+
+
+def has_signal(group: Group) -> bool:
+    return any(rollout.advantage != 0 for rollout in group.rollouts)
+
+
+def pack(job: Job, groups: list[Group], prompts: list[EncodedPrompt]) -> list[list[PackedBatch]]:
+    """Micro-batches per data-parallel rank, with the columns that the loss needs."""
+    config = job.recipe.bpo
+    flat = [rollout for group in groups for rollout in group.rollouts]
+    lengths = torch.tensor([len(rollout.tokens) for rollout in flat])
+    weights = response_row_weights(
+        lengths,
+        config.mode_token_weight,
+        torch.tensor([rollout.forced for rollout in flat]),
+        config.mode_token_loss == "include",
+        config.reduction,
+        config.max_new_tokens,
+    )
+    columns = {
+        "share": weights.share,
+        "old_logprob": torch.tensor([value for rollout in flat for value in rollout.logprobs]),
+        "advantage": torch.tensor([rollout.advantage for rollout in flat]).repeat_interleave(lengths),
+    }
+    return pack_rollouts(
+        prompts,
+        [[rollout.tokens for rollout in group.rollouts] for group in groups],
+        weights.weight,
+        columns,
+        share_prefix=config.share_prefix,
+        **packing(job),
+    )
+
+
+def reference_model(job: Job) -> R4BModel:
+    """The policy as it was before the first update, kept beside the checkpoints for resumed runs."""
+    folder = job.run.path / "checkpoints" / "reference"
+    path = checkpoint.latest(folder)
+    if path is None or not (job.resume and job.resume.stage == "bpo"):
+        path = checkpoint.save_weights(folder, job.model, job.runtime)
+    reference = job.new_model()
+    checkpoint.load_weights(path, [reference])
+    return reference.eval().requires_grad_(False)
+
+
+def add_column(job: Job, batches: list[PackedBatch], name: str, model: R4BModel) -> None:
+    """Log-probabilities of all rows under ``model``, as a column of the batches."""
+    temperature = job.recipe.bpo.temperature
+    columns = forward_only(
+        [model], job.runtime, batches, lambda m, batch, hidden: row_logprobs(m, batch, hidden, temperature), broadcast=True
+    )
+    for batch, column in zip(batches, columns, strict=True):
+        batch.row_data[name] = column
+
+
+def probe(job: Job, engine: EmbeddedEngine, rewarder: Rewarder, step: int) -> dict[str, float]:
+    """Free greedy answers to fixed held-out questions: does the model think, and where?"""
+    config = job.recipe.bpo
+    samples = make_samples(
+        "held_out", job.recipe.seed, "probe", 0, config.probe_prompts, config.mix, config=job.recipe.data
+    )
+    prompts = [encode_prompt(job.tokenizer, sample) for sample in samples]
+    requests = [Request(i, Mode.AUTO, request_seed(job.recipe.seed, PROBE_STREAM, step, i)) for i in range(len(prompts))]
+    params = SamplingParams(config.max_new_tokens, temperature=0.0)
+    groups = generate_groups(engine, job.runtime, job.tokenizer, samples, prompts, requests, params)
+    rewarder.score(groups, job.tokenizer)
+    return probe_metrics(groups, job.tokenizer.mode_tokens)
+
+
+__all__ = ["Stage", "bpo"]

@@ -1,0 +1,121 @@
+"""A whole recipe: pre-training, annealing, evaluation, BPO, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from r4b_core.config.load import ResolvedRecipe
+from r4b_core.evaluate.suite import evaluate
+from r4b_core.parallel import runtime as parallel_runtime
+from r4b_core.rollout.engine import EmbeddedEngine
+from r4b_core.stages.anneal import anneal, pretrain
+from r4b_core.stages.bpo import bpo
+from r4b_core.stages.job import Job, StopSignal, find_resume_point
+from r4b_core.telemetry.files import write_atomic
+from r4b_core.telemetry.report import write_report
+from r4b_core.telemetry.run import RunFolder
+
+
+def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto") -> dict[str, Any]:
+    """Run every stage that the recipe names, going on where an earlier start of this run stopped.
+
+    Args:
+        resolved: the recipe.
+        run_dir: the run folder.
+        resume: "auto" continues from the newest complete checkpoint; "never" refuses a folder that holds one.
+
+    Returns:
+        The summary, as written to summary.json.
+
+    Raises:
+        ValueError: ``resume="never"`` and the folder holds a run; a layout that does not fit; changed data.
+        Interrupted: after Ctrl-C, once the state is saved.
+    """
+    recipe, run_dir = resolved.recipe, Path(run_dir)
+    point = find_resume_point(run_dir)
+    if point is not None and resume == "never":
+        raise ValueError(f"--run {run_dir}: holds a run (checkpoint {point.path.name}); give a new folder or --resume auto")
+    ranks = parallel_runtime.start(recipe.parallel, seed=recipe.seed)
+    try:
+        with StopSignal() as stop, RunFolder(run_dir, active=ranks.is_main) as run:
+            run.start(recipe, resumed_at=(point.stage, point.step) if point else None)
+            job = Job(recipe, ranks, run, stop, point)
+            clock = Clock(run_dir if ranks.is_main else None, fresh=point is None)
+            with clock("pretrain"):
+                pretrain(job)
+            with clock("anneal"):
+                anneal(job)
+            before = evaluate_once(job, "before_bpo", clock)
+            with clock("bpo"):
+                bpo(job)
+            after = evaluate_once(job, "after_bpo", clock) if recipe.bpo.steps else before
+            summary = {
+                "before_bpo": before,
+                "after_bpo": after,
+                "seconds": clock.seconds,
+                "peak_rss_gb": peak_rss_gb(),
+            }
+            run.write_summary(summary)
+        if ranks.is_main:
+            write_report(run_dir)
+        return summary
+    finally:
+        ranks.stop()
+
+
+def evaluate_once(job: Job, name: str, clock: Clock) -> dict[str, Any]:
+    """Evaluate the current weights, or read what an earlier start of this run found."""
+    path = job.run.path / "evaluations" / f"{name}.json"
+    known = job.runtime.broadcast_object(json.loads(path.read_text()) if job.runtime.is_main and path.exists() else None)
+    if known is not None and job.resume is not None:
+        return known
+    with clock("evaluate"), job.run.timeline("evaluate"):
+        engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch)
+        evaluation = evaluate(job.recipe, job.runtime, job.tokenizer, engine)
+    stage, step = ("anneal", job.recipe.anneal.steps) if name == "before_bpo" else ("bpo", job.recipe.bpo.steps)
+    job.run.metrics.log(stage, step, evaluation.metrics())
+    table = evaluation.table()
+    if job.runtime.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(table, indent=2) + "\n")
+    return table
+
+
+class Clock:
+    """Seconds per stage, kept in the run folder so that a resumed run adds to them."""
+
+    def __init__(self, run_dir: Path | None, fresh: bool) -> None:
+        self.path = run_dir / "seconds.json" if run_dir is not None else None
+        self.seconds: dict[str, float] = {}
+        if self.path is not None and self.path.exists() and not fresh:
+            self.seconds = json.loads(self.path.read_text())
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+            if self.path is not None:
+                write_atomic(self.path, json.dumps(self.seconds) + "\n")
+
+
+def peak_rss_gb() -> float:
+    """Most resident memory that this process has had, in gigabytes (1e9 bytes)."""
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", None)
+    if peak is None:
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(peak / 1e9, 3)

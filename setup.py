@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages("kernels"), *find_packages(include=["r4b_core", "r4b_core.*"]), "r4b_core.recipes"],
     package_dir={"r4b_kernels": "kernels/r4b_kernels", "r4b_core.recipes": "recipes"},
-    package_data={"": ["*.md", "*.html", "*.j2", "*.css", "*.js", "*.json", "*.yaml", "py.typed"]},
+    package_data={"": ["**/*.md", "**/*.html", "**/*.j2", "**/*.css", "**/*.js", "*.yaml", "py.typed"]},
 )

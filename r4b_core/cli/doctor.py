@@ -160,10 +160,11 @@ def _communication(out: Console) -> list[str]:
 
 def _kernels(out: Console, device: torch.device) -> list[str]:
     """Prints every op's backends; returns the ops that could not be imported."""
-    import r4b_kernels
-    from r4b_kernels import dispatch
     from rich.markup import escape
     from rich.table import Table
+
+    import r4b_kernels
+    from r4b_kernels import dispatch
 
     broken = []
     for module in pkgutil.iter_modules(r4b_kernels.__path__, "r4b_kernels."):

@@ -44,7 +44,10 @@ def is_users(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return error.filename is not None
-    return isinstance(error, ValueError) and _raised_in(error.__traceback__).split(".")[0] in ("r4b_core", "r4b_kernels")
+    return isinstance(error, ValueError) and _raised_in(error.__traceback__).split(".")[0] in (
+        "r4b_core",
+        "r4b_kernels",
+    )
 
 
 def _raised_in(where: TracebackType | None) -> str:

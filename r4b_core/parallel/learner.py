@@ -150,7 +150,7 @@ class Learner:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._sums.clear()
-        self._run(microbatches, partial(self._loss, loss_fn), forward_only=False)
+        self._run(self.chunks, microbatches, partial(self._loss, loss_fn), forward_only=False)
         totals = self._sums.totals
         denominator, loss_sum = totals.pop("denominator"), totals.pop("loss_sum")
         if denominator == 0:
@@ -182,41 +182,50 @@ class Learner:
             )
 
     def forward_only(
-        self, microbatches: Sequence[Batch], fn: Callable[[torch.nn.Module, Any, Any], Any], *, broadcast: bool = False
+        self,
+        microbatches: Sequence[Batch],
+        fn: Callable[[torch.nn.Module, Any, Any], Any],
+        *,
+        model: torch.nn.Module | None = None,
+        broadcast: bool = False,
     ) -> list[Any] | None:
         """``fn(model, batch, output)`` of each micro-batch, without gradients and in eval mode.
 
         Returns the list on the last pipeline stage, None on the others; with ``broadcast`` the list on every stage, for
-        which ``fn`` returns nested lists or dicts of tensors and JSON-able values.
+        which ``fn`` returns nested lists or dicts of tensors and JSON-able values. ``model`` takes the learner's place
+        (a frozen reference of the same layout).
         """
         if not microbatches:
             return []
-        training = self.model.training
-        for chunk in self.chunks:
+        chunks = self.chunks if model is None else [model]
+        training = chunks[0].training
+        for chunk in chunks:
             chunk.eval()
 
         def collect(model: torch.nn.Module, batch: Any, output: Any, non_loss_data: bool = True) -> Any:
             return fn(model, batch, output)
 
         with torch.no_grad():
-            outputs = self._run(microbatches, collect, forward_only=True)
-        for chunk in self.chunks:
+            outputs = self._run(chunks, microbatches, collect, forward_only=True)
+        for chunk in chunks:
             chunk.train(training)
         if not broadcast:
             return outputs if self.runtime.is_last_stage else None
         source = dist.get_process_group_ranks(self.runtime.pp_group)[-1]
         return broadcast_tree(outputs, source, self.runtime.device, self.runtime.pp_group)
 
-    def _run(self, microbatches: Sequence[Batch], after: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+    def _run(
+        self, chunks: list[Any], microbatches: Sequence[Batch], after: Callable[..., Any], *, forward_only: bool
+    ) -> list[Any]:
         def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
             batch = next(batches)
             output = chunk(batch)
-            return output, partial(after, self.model, batch)
+            return output, partial(after, getattr(chunk, "module", chunk), batch)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(microbatches),
-            model=self.chunks,
+            model=chunks,
             num_microbatches=len(microbatches),
             seq_length=microbatches[0].num_tokens,
             micro_batch_size=1,

@@ -53,9 +53,11 @@ _HARMLESS_WARNINGS = (
     r".*reduce_scatter_tensor.*deprecated.*",
     r".*_all_gather_base.*deprecated.*",
     r".*_reduce_scatter_base.*deprecated.*",
+    r".*Please use DTensor instead and we are deprecating ShardedTensor.*",
 )
 _HARMLESS_IN_MEGATRON = (
     r".*full scope is deprecated.*",
+    r".*`load_state_dict` is deprecated.*",
     r".*The \.grad attribute of a Tensor that is not a leaf Tensor.*",
 )
 

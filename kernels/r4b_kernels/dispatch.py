@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class BackendError(ValueError):
 
 @dataclass
 class _Op:
-    implementations: dict[str, Callable] = field(default_factory=dict)
+    implementations: dict[str, Any] = field(default_factory=dict)
     availability: dict[str, Availability] = field(default_factory=dict)
 
 
@@ -33,7 +34,8 @@ _CHOSEN: dict[tuple[str, str], str] = {}
 
 def only_on(device_type: str) -> Availability:
     """A predicate for backends that run on one device type."""
-    return lambda device: None if device.type == device_type else f"runs on {device_type}, the input is on {device.type}"
+    reason = f"runs on {device_type}, the input is on "
+    return lambda device: None if device.type == device_type else reason + device.type
 
 
 def anywhere(device: torch.device) -> None:
@@ -41,19 +43,22 @@ def anywhere(device: torch.device) -> None:
     return None
 
 
-def register(op: str, backend: str, available: Availability = anywhere) -> Callable[[Callable], Callable]:
-    """Decorator: make a function the implementation of ``op`` on ``backend``. Earlier registrations are preferred."""
+def register(op: str, backend: str, available: Availability = anywhere) -> Callable[[Any], Any]:
+    """Decorator: make a function, or a class with forward and backward, the implementation of ``op`` on ``backend``.
 
-    def wrap(function: Callable) -> Callable:
+    Earlier registrations are preferred.
+    """
+
+    def wrap(implementation: Any) -> Any:
         entry = _OPS.setdefault(op, _Op())
-        entry.implementations[backend] = function
+        entry.implementations[backend] = implementation
         entry.availability[backend] = available
-        return function
+        return implementation
 
     return wrap
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> Callable:
+def resolve(op: str, device: torch.device, backend: str | None = None) -> Any:
     """The implementation of ``op`` for a device; ``backend`` asks for one by name.
 
     Raises:

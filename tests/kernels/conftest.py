@@ -1,4 +1,4 @@
-"""Shared by all kernel tests: uninitialised memory is filled with NaN, so that a row a kernel forgets to write shows."""
+"""All kernel tests: uninitialised memory is filled with NaN, so that a row a kernel forgets to write shows."""
 
 from __future__ import annotations
 

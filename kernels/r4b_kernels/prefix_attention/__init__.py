@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from r4b_kernels import dispatch
 from r4b_kernels.layout import PrefixLayout
+from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.prefix_attention import cpu as _cpu
 from r4b_kernels.prefix_attention import reference as _reference
 
@@ -115,17 +118,29 @@ def _backward(
 
 
 @_forward.register_fake
-def _(q, k, v, offsets, parent, scale, backend):
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, parent: Tensor, scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
 
 
 @_backward.register_fake
-def _(grad_out, q, k, v, out, lse, offsets, parent, scale, backend):
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    parent: Tensor,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     q, k, v, offsets, parent, scale, backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -133,7 +148,7 @@ def _setup_context(ctx, inputs, output):
     ctx.scale, ctx.backend = scale, backend
 
 
-def _autograd(ctx, grad_out, _grad_lse):
+def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, offsets, parent = ctx.saved_tensors
     grads = _backward(grad_out, q, k, v, out, lse, offsets, parent, ctx.scale, ctx.backend)
     return *grads, None, None, None, None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r4b_kernels.precision import accumulation_dtype
+
 
 def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, parent: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D] in q.dtype, lse [T, Hq]); differentiable by autograd."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     repeat = q.shape[1] // k.shape[1]
     queries = q.to(dtype)
     keys, values = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (k, v))
@@ -38,11 +40,23 @@ class Backend:
     """Forward and backward as the custom op wants them: the backward is autograd's of the forward above."""
 
     @staticmethod
-    def forward(q, k, v, offsets, parent, scale):
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, parent: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         return prefix_attention(q, k, v, offsets, parent, scale)
 
     @staticmethod
-    def backward(grad_out, q, k, v, out, lse, offsets, parent, scale):
+    def backward(
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        offsets: Tensor,
+        parent: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # func.vjp, because autograd proper does not record inside a custom op.
-        _, vjp = torch.func.vjp(lambda *inputs: prefix_attention(*inputs, offsets, parent, scale)[0], q, k, v)
+        vjp = torch.func.vjp(lambda *x: prefix_attention(x[0], x[1], x[2], offsets, parent, scale)[0], q, k, v)[1]
         return vjp(grad_out)

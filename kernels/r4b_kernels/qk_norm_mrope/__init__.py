@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ def qk_norm_mrope(
 ) -> tuple[Tensor, Tensor]:
     """rotate(weight * x / sqrt(mean(x^2) + eps)) for every head of q and of k.
 
-    The pair (i, i + D/2) turns by ``position * theta ** (-2i / D)``; which of the three positions of a token pair i uses
-    is set by ``sections`` and ``interleaved``. The norm follows Qwen3: normalised in float32, rounded to the input
+    The pair (i, i + D/2) turns by ``position * theta ** (-2i / D)``; which of a token's three positions pair i uses is
+    set by ``sections`` and ``interleaved``. The norm follows Qwen3: normalised in float32, rounded to the input
     dtype, multiplied by the weight. The rotation is in float32 and rounded once. (float64 inputs: all in float64.)
 
     Args:
@@ -91,7 +92,8 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, position_id
             raise ValueError(f"{name} is {weight.dtype} {list(weight.shape)}: expected floating point [{q.shape[2]}]")
     if tuple(position_ids.shape) != (3, q.shape[0]) or position_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"position_ids is {position_ids.dtype} {list(position_ids.shape)}: expected int64 or int32 [3, {q.shape[0]}]"
+            f"position_ids is {position_ids.dtype} {list(position_ids.shape)}: "
+            f"expected int64 or int32 [3, {q.shape[0]}]"
         )
     for name, tensor in (("k", k), ("q_weight", q_weight), ("k_weight", k_weight), ("position_ids", position_ids)):
         if tensor.device != q.device:
@@ -133,22 +135,44 @@ def _backward(
 
 
 @_forward.register_fake
-def _(q, k, q_weight, k_weight, position_ids, theta, axes, eps, backend):
+def _(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    position_ids: Tensor,
+    theta: float,
+    axes: Sequence[int],
+    eps: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @_backward.register_fake
-def _(grad_q, grad_k, q, k, q_weight, k_weight, position_ids, theta, axes, eps, backend):
-    return tuple(x.new_empty(x.shape) for x in (q, k, q_weight, k_weight))
+def _(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    position_ids: Tensor,
+    theta: float,
+    axes: Sequence[int],
+    eps: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     q, k, q_weight, k_weight, position_ids, theta, axes, eps, backend = inputs
     ctx.save_for_backward(q, k, q_weight, k_weight, position_ids)
     ctx.theta, ctx.axes, ctx.eps, ctx.backend = theta, axes, eps, backend
 
 
-def _autograd(ctx, grad_q, grad_k):
+def _autograd(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     grads = _backward(grad_q, grad_k, *ctx.saved_tensors, ctx.theta, ctx.axes, ctx.eps, ctx.backend)
     return *grads, None, None, None, None, None
 

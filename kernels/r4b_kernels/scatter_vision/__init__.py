@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ dispatch.register("scatter_vision", "reference")(_reference.Backend)
 def scatter_vision(
     embeddings: Tensor, features: Tensor, index: Tensor, *, accumulate: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Row t of the result is ``features[index[t]]`` (plus ``embeddings[t]`` if accumulate) or, for -1, ``embeddings[t]``.
+    """Row t is ``features[index[t]]`` (plus ``embeddings[t]`` if accumulate) or, for an index of -1, ``embeddings[t]``.
 
     Replacing is how image tokens get their embedding; adding is how DeepStack (Qwen3-VL) feeds early layers. A feature
     row may be used by several tokens, its gradient is then their sum in ascending token order (float32 sum,
@@ -46,7 +48,8 @@ def scatter_vision(
         raise ValueError(f"features is {features.dtype}, embeddings {embeddings.dtype}: they must agree")
     if index.dtype not in (torch.int32, torch.int64) or tuple(index.shape) != (embeddings.shape[0],):
         raise ValueError(
-            f"index is {index.dtype} {list(index.shape)}: expected int64 or int32 [{embeddings.shape[0]}], one per token"
+            f"index is {index.dtype} {list(index.shape)}: "
+            f"expected int64 or int32 [{embeddings.shape[0]}], one per token"
         )
     for name, tensor in (("features", features), ("index", index)):
         if tensor.device != embeddings.device:
@@ -66,22 +69,22 @@ def _backward(grad_out: Tensor, index: Tensor, num_features: int, backend: str |
 
 
 @_forward.register_fake
-def _(embeddings, features, index, accumulate, backend):
+def _(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bool, backend: str | None) -> Tensor:
     return embeddings.new_empty(embeddings.shape)
 
 
 @_backward.register_fake
-def _(grad_out, index, num_features, backend):
+def _(grad_out: Tensor, index: Tensor, num_features: int, backend: str | None) -> Tensor:
     return grad_out.new_empty((num_features, grad_out.shape[1]))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     _, features, index, accumulate, backend = inputs
     ctx.save_for_backward(index)
     ctx.num_features, ctx.accumulate, ctx.backend = features.shape[0], accumulate, backend
 
 
-def _autograd(ctx, grad_out):
+def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     grad_embeddings = grad_features = None
     if ctx.needs_input_grad[0]:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r4b_kernels.precision import accumulation_dtype
+
 # Runs shorter than this on average are cheaper as one indexed copy.
 MIN_MEAN_RUN = 8
 
@@ -29,7 +31,7 @@ class Backend:
     @staticmethod
     def backward(grad_out: Tensor, index: Tensor, num_features: int) -> Tensor:
         # Several tokens may add into one row: sum in float32, in token order.
-        dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(grad_out.dtype)
         grad = torch.zeros((num_features, grad_out.shape[1]), dtype=dtype)
         tokens, rows, runs = _runs(index)
         if runs is None:
@@ -51,7 +53,7 @@ def _check_range(index: Tensor, num_features: int) -> None:
 
 
 def _runs(index: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int, int]] | None]:
-    """(tokens [M], rows [M], runs): runs are (first token, first row, count) where both ascend by one, or None if short."""
+    """(tokens [M], rows [M], runs): a run is (first token, first row, count), both ascending by one; None if short."""
     host = index.numpy()
     tokens = np.flatnonzero(host >= 0)
     rows = host[tokens].astype(np.int64)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from r4b_kernels import dispatch
+from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.vision_attention import cpu as _cpu
 from r4b_kernels.vision_attention import reference as _reference
 
@@ -78,17 +81,26 @@ def _backward(
 
 
 @_forward.register_fake
-def _(q, k, v, cu_seqlens, scale, backend):
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
 
 
 @_backward.register_fake
-def _(grad_out, q, k, v, out, lse, cu_seqlens, scale, backend):
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     q, k, v, cu_seqlens, scale, backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -96,7 +108,7 @@ def _setup_context(ctx, inputs, output):
     ctx.scale, ctx.backend = scale, backend
 
 
-def _autograd(ctx, grad_out, _grad_lse):
+def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grads = _backward(grad_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.backend)
     return *grads, None, None, None

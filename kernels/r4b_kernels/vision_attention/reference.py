@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r4b_kernels.precision import accumulation_dtype
+
 
 def vision_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [P, H, D] in q.dtype, lse [P, H]); differentiable by autograd."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(q.dtype)
     queries, keys, values = (x.to(dtype) for x in (q, k, v))
     bounds = cu_seqlens.tolist()
     outs, lses = [], []
@@ -26,11 +28,13 @@ class Backend:
     """Forward and backward as the custom op wants them: the backward is autograd's of the forward above."""
 
     @staticmethod
-    def forward(q, k, v, cu_seqlens, scale):
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return vision_attention(q, k, v, cu_seqlens, scale)
 
     @staticmethod
-    def backward(grad_out, q, k, v, out, lse, cu_seqlens, scale):
+    def backward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # func.vjp, because autograd proper does not record inside a custom op.
-        _, vjp = torch.func.vjp(lambda *inputs: vision_attention(*inputs, cu_seqlens, scale)[0], q, k, v)
+        vjp = torch.func.vjp(lambda *x: vision_attention(x[0], x[1], x[2], cu_seqlens, scale)[0], q, k, v)[1]
         return vjp(grad_out)

@@ -28,7 +28,9 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if is_main_rank() and str(interrupt):  # a stage that has saved says how to go on
+                print(interrupt, file=sys.stderr, flush=True)
             raise typer.Exit(INTERRUPTED) from None
         except (ValueError, OSError) as error:
             if ctx.params.get("debug") or not is_users(error):

@@ -29,6 +29,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node=8 -m r4b_core.cli.main train RECIPE
     """
     from r4b_core.cli.layout import fit
+    from r4b_core.cli.output import say
     from r4b_core.config.layout import world_size_from_environment
     from r4b_core.config.load import load_recipe
 
@@ -37,4 +38,6 @@ def train(
 
     from r4b_core.stages.run import run_recipe
 
-    run_recipe(resolved, run or Path("runs") / resolved.recipe.name, resume=resume.value)
+    folder = run or Path("runs") / resolved.recipe.name
+    run_recipe(resolved, folder, resume=resume.value)
+    say(f"report: {folder / 'report.html'}")

@@ -1,0 +1,142 @@
+"""What ships: both wheels build, hold every source and data file, and the environment script does nothing twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = {".css", ".html", ".j2", ".js", ".md", ".yaml", ".typed"}
+
+
+def build_wheel(project: Path, target: Path) -> set[str]:
+    """The files in a project's wheel. The project must be a copy: building leaves things behind."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(target), str(project)], check=True)
+    (wheel,) = target.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def sources(package: Path) -> set[str]:
+    return {
+        str(path.relative_to(package.parent))
+        for path in package.rglob("*")
+        if path.suffix in DATA | {".py"} or path.name == "py.typed"
+    }
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The repository without what is not built from."""
+    target = tmp_path / "copy"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in ("kernels", "r4b_core", "recipes"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def test_wheel_holds_both_packages_their_data_and_the_recipes(copy: Path, tmp_path: Path) -> None:
+    files = build_wheel(copy, tmp_path / "wheels")
+    expected = sources(copy / "r4b_core") | sources(copy / "kernels" / "r4b_kernels")
+    assert expected - files == set()
+    assert {f"r4b_core/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} <= files
+    assert "r4b_core/telemetry/templates/report.html.j2" in files
+    foreign = {name.split("/")[0] for name in files} - {"r4b_core", "r4b_kernels"}
+    assert [name for name in foreign if not name.endswith(".dist-info")] == []
+
+
+def test_an_unpacked_wheel_finds_its_recipes(copy: Path, tmp_path: Path) -> None:
+    """`r4b demo` must not need the checkout."""
+    build_wheel(copy, tmp_path / "wheels")
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "import r4b_core.config.load as load; p = load.load_recipe('demo').source; print(p);"
+        f"assert str(p).startswith({str(tmp_path / 'site')!r})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=tmp_path, env=environment)
+
+
+def test_kernels_wheel_holds_the_kernels_alone(copy: Path, tmp_path: Path) -> None:
+    files = build_wheel(copy / "kernels", tmp_path / "wheels")
+    assert sources(copy / "kernels" / "r4b_kernels") - files == set()
+    assert {name.split("/")[0].split("-")[0] for name in files} == {"r4b_kernels"}
+
+
+def test_kernels_depend_on_torch_only_and_agree_with_the_whole() -> None:
+    kernels, whole = (
+        tomllib.loads((ROOT / name).read_text())["project"] for name in ("kernels/pyproject.toml", "pyproject.toml")
+    )
+    assert [line for line in kernels["dependencies"] if not line.startswith("torch")] == []
+    assert set(kernels["dependencies"]) <= set(whole["dependencies"])
+    assert (kernels["version"], kernels["requires-python"]) == (whole["version"], whole["requires-python"])
+
+
+def test_constraints_pin_every_dependency() -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in project["dependencies"] + project["optional-dependencies"]["test"]:
+        requirement = Requirement(line)
+        if requirement.name == "setuptools":  # pip freeze leaves it out
+            continue
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), line
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The environment script in a folder of its own, with a Python that only writes down how it was called."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup_venv.sh", tmp_path / "scripts")
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    fake = tmp_path / ".venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n')
+    fake.chmod(0o755)
+    return tmp_path
+
+
+def setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(folder / "scripts" / "setup_venv.sh"), "test"]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "VENV": ".venv", **environment}, check=False
+    )
+
+
+def test_setup_does_nothing_the_second_time(script: Path) -> None:
+    assert setup(script).returncode == 0
+    calls = (script / "calls").read_text()
+    assert "--constraint constraints.txt --editable .[test]" in calls
+    again = setup(script)
+    assert (again.returncode, again.stdout, (script / "calls").read_text()) == (0, "", calls)
+
+
+def test_setup_runs_again_when_the_constraints_changed(script: Path) -> None:
+    setup(script)
+    calls = (script / "calls").read_text()
+    with (script / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    setup(script)
+    assert len((script / "calls").read_text()) > len(calls)
+
+
+def test_setup_says_which_python_it_needs(script: Path) -> None:
+    shutil.rmtree(script / ".venv")
+    result = setup(script, PYTHON="python-that-is-not-there")
+    assert result.returncode == 1
+    assert "needs Python 3.11 or 3.12; none of these is: python-that-is-not-there" in result.stderr

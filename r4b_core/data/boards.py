@@ -106,7 +106,9 @@ def make_samples(
     for i in range(count):
         name = FAMILIES[family[i]]
         tiles = int(operations[i]) + 1
-        board = " ".join(f"{SYMBOLS[kind]}{digit}" for kind, digit in zip(kinds[i, :tiles], digits[i, :tiles], strict=True))
+        board = " ".join(
+            f"{SYMBOLS[kind]}{digit}" for kind, digit in zip(kinds[i, :tiles], digits[i, :tiles], strict=True)
+        )
         level: Difficulty = "easy"
         if name == "read":
             question, answer = f"digit at {position_word(asked_tile[i])} ?", digits[i, asked_tile[i]]
@@ -143,7 +145,8 @@ def make_alignment(
     digits = rng.integers(0, 10, kinds.shape)
     images = _render(rng, kinds, digits, split, config)
     return [
-        AlignmentBoard(images[i][: n // COLUMNS * TILE], digits[i, :n], kinds[i, :n]) for i, n in enumerate(tiles.tolist())
+        AlignmentBoard(images[i][: n // COLUMNS * TILE], digits[i, :n], kinds[i, :n])
+        for i, n in enumerate(tiles.tolist())
     ]
 
 

@@ -105,7 +105,9 @@ def encode_samples(
             quarantine.add(sample.id, "text cannot be encoded", str(error))
         else:
             if prompt.num_tokens + room > capacity:
-                detail = f"prompt of {prompt.num_tokens} and response of {room} tokens exceed packing.capacity={capacity}"
+                detail = (
+                    f"prompt of {prompt.num_tokens} and response of {room} tokens exceed packing.capacity={capacity}"
+                )
                 quarantine.add(sample.id, "longer than the packing capacity", detail)
             else:
                 kept.append((sample, prompt))

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
-from r4b_kernels.layout import PrefixLayout
-from r4b_kernels.pack_groups import pack_groups
 from torch import Tensor
 
 from r4b_core.data.batch import PackedBatch
@@ -21,6 +19,8 @@ from r4b_core.data.encoding import EncodedPrompt, expand_images
 from r4b_core.data.processing import image_to_patches
 from r4b_core.data.tokenizer import COLOURS, DIGITS, Tokenizer
 from r4b_core.modes import IMAGE
+from r4b_kernels.layout import PrefixLayout
+from r4b_kernels.pack_groups import pack_groups
 
 PerToken = float | Sequence[float]
 
@@ -162,7 +162,7 @@ def pack_alignment(
 
 
 def unpack(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
-    """(context, targets) of each sequence: all tokens that its first row sees, parent included, and what it predicts."""
+    """(context, targets) of each sequence: the tokens that its first row sees, parent included, and its targets."""
     offsets, parents, tokens = batch.layout.offsets.tolist(), batch.layout.parent.tolist(), batch.tokens.tolist()
     sequences: list[tuple[list[int], list[int]]] = [([], []) for _ in range(batch.num_sequences)]
     rows = (batch.row_source, batch.row_target, batch.row_sequence)
@@ -303,7 +303,8 @@ def _named(name: str, names: tuple[str, ...], responses: Sequence[Response]) -> 
     for response in responses:
         if response.columns.keys() != set(names):
             raise ValueError(
-                f"a response has the columns {sorted(response.columns)} and the first one {sorted(names)}: give all the same"
+                f"a response has the columns {sorted(response.columns)} and the first one {sorted(names)}: "
+                "give all the same"
             )
     return [response.columns[name] for response in responses]
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from r4b_core.modes import IMAGE, THINK_CLOSE, THINK_OPEN, TURN_END, TURN_START
+from r4b_core.modes import IMAGE, THINK_CLOSE, THINK_OPEN
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 _MEAN, _STD = 0.5, 0.5
+_TEMPLATE_TAG = re.compile(rf"<\|\w+\|>|{THINK_OPEN}|{THINK_CLOSE}")
 
 
 class ImageError(ValueError):
@@ -114,9 +115,8 @@ def check_question(question: str, num_images: int) -> str:
     Raises:
         PromptError: if the number of ``<image>`` does not match, or the text holds a tag of the chat template.
     """
-    for tag in (TURN_START, TURN_END, THINK_OPEN, THINK_CLOSE):
-        if tag in question:
-            raise PromptError(f"question holds the tag {tag!r}, which belongs to the chat template: remove it")
+    if found := _TEMPLATE_TAG.search(question):
+        raise PromptError(f"question holds the tag {found[0]!r}, which belongs to the chat template: remove it")
     marked = question.count(IMAGE)
     if marked == 0:
         return IMAGE * num_images + question
@@ -126,8 +126,3 @@ def check_question(question: str, num_images: int) -> str:
             f"where the image goes, or nowhere; as plain text, write it without the angle brackets"
         )
     return question
-
-
-def concatenate(arrays: Sequence[NDArray], empty: NDArray) -> NDArray:
-    """``np.concatenate`` that gives ``empty`` for no arrays."""
-    return np.concatenate(arrays) if arrays else empty

@@ -54,7 +54,9 @@ class Quarantine:
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 if number == len(lines):
                     continue
-                raise ValueError(f"{self.path}: line {number} is no quarantine record ({error}): move the file away") from error
+                raise ValueError(
+                    f"{self.path}: line {number} is no quarantine record ({error}): move the file away"
+                ) from error
             if key not in self._known:
                 self._known.add(key)
                 self.counts[key[1]] += 1

@@ -1,0 +1,234 @@
+"""Is an answer right? Plain numbers and words are compared here, all else by math-verify in killable processes.
+
+What the processes protect from: answers that take for ever, that eat memory, that recurse without end, or that crash
+the interpreter. What they do not protect from: they run as the same user with the same network and file system, and
+math-verify evaluates what it parses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+
+_WORKER = Path(__file__).with_name("worker.py")
+_MAX_CHARACTERS = 2000
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
+_WORDS = re.compile(r"[A-Za-z]+(?:[ -][A-Za-z]+)*")
+_SEVERAL_NUMBERS = re.compile(rf"{_NUMBER.pattern}(?:(?:[\s,;]|\bor\b|\band\b)+{_NUMBER.pattern})+")
+_CHOICE = re.compile(r"\(?([A-Z])(?:[).:](?:\s.*)?)?", re.DOTALL)
+_STARTUP_S = 120.0
+
+
+class Outcome(StrEnum):
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right. Undecided, with the reason, where nobody can tell: never counted as right."""
+
+    outcome: Outcome
+    reason: str
+
+
+def compare_plain(answer: str, gold: str) -> Verdict | None:
+    """The verdict where both are plain numbers, words or choice letters, or the same text; None for anything else."""
+    answer, gold = _normalise(answer), _normalise(gold)
+    if not gold:
+        return Verdict(Outcome.UNDECIDED, "the reference answer is empty")
+    if answer == gold:
+        return Verdict(Outcome.RIGHT, "same text")
+    if len(answer) > _MAX_CHARACTERS or len(gold) > _MAX_CHARACTERS:
+        return Verdict(Outcome.UNDECIDED, f"longer than {_MAX_CHARACTERS} characters")
+    if _NUMBER.fullmatch(gold):
+        if _SEVERAL_NUMBERS.fullmatch(answer) and not _NUMBER.fullmatch(answer):
+            return Verdict(Outcome.WRONG, "several numbers")
+        if not _NUMBER.fullmatch(answer):
+            return None
+        same = Decimal(answer.replace(",", "")) == Decimal(gold.replace(",", ""))
+        return Verdict(Outcome.RIGHT, "same number") if same else Verdict(Outcome.WRONG, "another number")
+    if len(gold) == 1 and gold.isupper() and (choice := _CHOICE.fullmatch(answer)):
+        same = choice[1] == gold
+        return Verdict(Outcome.RIGHT, "same choice") if same else Verdict(Outcome.WRONG, "another choice")
+    if _WORDS.fullmatch(gold):
+        same = answer.casefold() == gold.casefold()
+        return Verdict(Outcome.RIGHT, "same words") if same else Verdict(Outcome.WRONG, "other words")
+    return None
+
+
+class Verifier:
+    """Compares answers with references. Worker processes start when the first one is needed.
+
+    Attributes:
+        counts: verdicts by outcome since the start.
+    """
+
+    def __init__(
+        self, workers: int = 1, timeout_s: float = 5.0, memory_mb: int = 1024, mathematics: bool = True
+    ) -> None:
+        """Args:
+        workers: processes that verify at the same time.
+        timeout_s: seconds for one answer; then its process is killed and replaced.
+        memory_mb: address space of a process.
+        mathematics: without it an answer that the plain comparison does not settle is wrong, and no process runs.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        for name, value, least in (
+            ("workers", workers, 1),
+            ("timeout_s", timeout_s, 0.01),
+            ("memory_mb", memory_mb, 256),
+        ):
+            if value < least:
+                raise ValueError(f"{name} = {value}: must be at least {least}")
+        self.timeout_s, self.memory_mb, self.mathematics = timeout_s, memory_mb, mathematics
+        self.counts: Counter[str] = Counter()
+        self._workers: list[_Worker | None] = [None] * workers
+        self._lock = threading.Lock()
+
+    def verify(self, answer: str, gold: str) -> Verdict:
+        """The verdict on one answer."""
+        return self.verify_many([(answer, gold)])[0]
+
+    def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """The verdict on each (answer, reference), in order; equal pairs are verified once."""
+        verdicts = {pair: compare_plain(*pair) for pair in dict.fromkeys(pairs)}
+        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+        if hard and not self.mathematics:
+            verdicts.update(dict.fromkeys(hard, Verdict(Outcome.WRONG, "not the same text")))
+        elif hard:
+            with self._lock:
+                verdicts.update(zip(hard, self._in_workers(hard), strict=True))
+        result = [verdict for pair in pairs if (verdict := verdicts[pair]) is not None]
+        self.counts.update(verdict.outcome for verdict in result)
+        return result
+
+    def close(self) -> None:
+        """End the processes. The verifier may be used again and starts new ones."""
+        with self._lock:
+            for slot, worker in enumerate(self._workers):
+                if worker is not None:
+                    worker.kill()
+                self._workers[slot] = None
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _in_workers(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        verdicts: list[Verdict | None] = [None] * len(pairs)
+        waiting = deque(range(len(pairs)))
+        busy: dict[int, int] = {}
+        with selectors.DefaultSelector() as selector:
+            while waiting or busy:
+                for slot in range(len(self._workers)):
+                    if waiting and slot not in busy:
+                        worker = self._workers[slot] or _Worker(self.memory_mb, self.timeout_s)
+                        self._workers[slot] = worker
+                        busy[slot] = waiting.popleft()
+                        worker.send(pairs[busy[slot]], self.timeout_s)
+                        selector.register(worker.replies, selectors.EVENT_READ, slot)
+                deadline = min(worker.deadline for slot in busy if (worker := self._workers[slot]))
+                ready = {key.data for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+                for slot in list(busy):
+                    worker = self._workers[slot]
+                    assert worker is not None
+                    verdict = worker.receive() if slot in ready else None
+                    if verdict is None and time.monotonic() >= worker.deadline:
+                        worker.kill()
+                        verdict = Verdict(Outcome.UNDECIDED, f"took more than {self.timeout_s:g} s to verify")
+                    if verdict is not None:
+                        verdicts[busy.pop(slot)] = verdict
+                        selector.unregister(worker.replies)
+                        if worker.dead:
+                            self._workers[slot] = None
+        return [verdict for verdict in verdicts if verdict is not None]
+
+
+class _Worker:
+    """One process that verifies one answer at a time."""
+
+    def __init__(self, memory_mb: int, timeout_s: float) -> None:
+        command = [sys.executable, "-P", str(_WORKER), str(memory_mb), str(timeout_s)]
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**kept, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self.replies = self._process.stdin, self._process.stdout
+        self._received = b""
+        self._ready = False
+        self._timeout_s = timeout_s
+        self.deadline = 0.0
+        self.dead = False
+
+    def send(self, pair: tuple[str, str], timeout_s: float) -> None:
+        """Ask for a verdict; the time to import math-verify does not count."""
+        self.deadline = time.monotonic() + (timeout_s if self._ready else _STARTUP_S)
+        try:
+            self._requests.write(json.dumps({"answer": pair[0], "gold": pair[1]}).encode() + b"\n")
+            self._requests.flush()
+        except BrokenPipeError:
+            self.deadline = time.monotonic()
+
+    def receive(self) -> Verdict | None:
+        """The verdict once its line is complete; undecided if the process has died."""
+        data = os.read(self.replies.fileno(), 65536)
+        if not data:
+            self.kill()
+            if not self._ready:
+                raise RuntimeError(
+                    f"the verifier process ended with {self._process.returncode} before it was ready: check that "
+                    f"math-verify can be imported by {sys.executable} within {_STARTUP_S:g} s"
+                )
+            return Verdict(Outcome.UNDECIDED, f"the verifier process died ({self._process.returncode})")
+        self._received += data
+        while b"\n" in self._received:
+            line, self._received = self._received.split(b"\n", 1)
+            reply = json.loads(line)
+            if "ready" in reply:
+                self._ready = True
+                self.deadline = time.monotonic() + self._timeout_s
+            else:
+                return Verdict(Outcome(reply["outcome"]), reply["reason"])
+        return None
+
+    def kill(self) -> None:
+        self.dead = True
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._requests, self.replies):
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue
+
+
+def _normalise(text: str) -> str:
+    """Without surrounding space, dollar signs, a final full stop, and runs of blanks."""
+    text = " ".join(text.split())
+    while len(text) > 1 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    return text.removesuffix(".").strip()

@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "WORLD_SIZE": "how many ranks there are (torchrun)",
     "MASTER_ADDR": "where the ranks meet (torchrun)",
     "MASTER_PORT": "the port there (torchrun)",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1 unless set: Megatron-Core's overlap of compute and communication relies on it",
     "OMP_NUM_THREADS": "CPU threads of each rank (read by torch)",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used (read by CUDA)",
 }

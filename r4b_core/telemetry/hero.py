@@ -14,14 +14,17 @@ from r4b_core.telemetry.run import METRICS
 WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 110, 62, 52
 LABEL_GAP = 18.0
+# ink, soft ink, grid, background: the picture brings its background, so that it is readable on any page.
+LIGHT = ("#1d1f22", "#5c6066", "#dedbd5", "#ffffff")
+DARK = ("#eceae6", "#a4a7ac", "#3a3f45", "#1e2125")
 # (light, dark) per difficulty, the report's colours.
 COLORS = (
     ("#00876a", "#35c99f"),
-    ("#0072b2", "#56b4e9"),
+    ("#8a7400", "#d9c24a"),
     ("#b0578d", "#e29cc8"),
     ("#1d1f22", "#f4f2ee"),
     ("#7a5cc9", "#ab95f0"),
-    ("#8a7400", "#d9c24a"),
+    ("#7d4f2b", "#cfa27a"),
 )
 
 
@@ -65,6 +68,7 @@ def _svg(rates: Curves, probabilities: Curves) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'role="img" aria-label="Thinking rate of free answers over BPO steps, by difficulty">',
         f"<style>{_style()}</style>",
+        f'<rect class="back" width="{WIDTH}" height="{HEIGHT}" rx="10"/>',
         f'<text class="title" x="{LEFT}" y="24">How often the model chooses to think</text>',
         f'<text x="{LEFT}" y="44">solid: share of free answers that think'
         + (", dashed: mean probability of thinking" if probabilities else "")
@@ -97,8 +101,8 @@ def _svg(rates: Curves, probabilities: Curves) -> str:
 
 def _style() -> str:
     def scheme(dark: bool) -> str:
-        ink, soft, grid = ("#eceae6", "#a4a7ac", "#3a3f45") if dark else ("#1d1f22", "#5c6066", "#dedbd5")
-        rules = [f"text{{fill:{soft}}}.title{{fill:{ink}}}.grid{{stroke:{grid}}}"]
+        ink, soft, grid, back = DARK if dark else LIGHT
+        rules = [f".back{{fill:{back}}}text{{fill:{soft}}}.title{{fill:{ink}}}.grid{{stroke:{grid}}}"]
         rules += [f".c{i}{{stroke:{pair[dark]}}}.t{i}{{fill:{pair[dark]}}}" for i, pair in enumerate(COLORS)]
         return "".join(rules)
 
@@ -126,7 +130,7 @@ def _apart(ends: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """Label heights moved apart so that none overlap, all within the picture."""
     placed: list[tuple[str, float]] = []
     floor = float("-inf")
-    for name, height in sorted(ends, key=lambda end: end[1]):
+    for name, height in sorted(reversed(ends), key=lambda end: end[1]):  # the harder one above where they meet
         floor = max(height, floor + LABEL_GAP)
         placed.append((name, floor))
     excess = max(0.0, floor - (HEIGHT - BOTTOM)) if placed else 0.0

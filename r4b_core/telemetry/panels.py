@@ -17,10 +17,10 @@ from r4b_core.telemetry.timeline import PHASES
 Record = Mapping[str, Any]
 MAX_POINTS = 600
 MAX_BARS = 50
-SMOOTHING = 0.15
+NEGLIGIBLE = 0.002
 DIFFICULTY_COLORS = 6
 DIFFICULTY_ORDER = ("easy", "direct", "mid", "medium", "hard")
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("dot", "dashdot", "dash", "solid", "longdash", "longdashdot")
 FREE_BY_DIFFICULTY = "thinking_rate/free/difficulty/"
 PROBABILITY_BY_DIFFICULTY = "decision/probability/free/difficulty/"
 
@@ -234,7 +234,7 @@ def time_section(records: Sequence[Record], summary: Mapping[str, Any] | None) -
     bars = [
         Series(phase, [totals[stage][phase] for stage in stages], list(stages), f"phase-{phase}")  # type: ignore[arg-type]
         for phase in PHASES
-        if any(totals[stage][phase] > 0 for stage in stages)
+        if any(totals[stage][phase] > NEGLIGIBLE * sum(totals[stage].values()) for stage in stages)
     ]
     if not bars:
         return section
@@ -244,8 +244,9 @@ def time_section(records: Sequence[Record], summary: Mapping[str, Any] | None) -
     section.panels.append(Panel("By stage", "rows", bars, "seconds", note=f"{total:.0f} s in all.{memory}", wide=True))
     for stage in stages:
         phases = [(phase, _binned(_timings(records, stage, phase), _steps(records, stage))) for phase in PHASES]
-        layers = [Series(phase, x, y, f"phase-{phase}") for phase, (x, y) in phases if any(y)]
-        if len(layers[0].x if layers else []) > 1:
+        floor = NEGLIGIBLE * sum(totals[stage].values())  # a sliver is invisible and only crowds the legend
+        layers = [Series(phase, x, y, f"phase-{phase}") for phase, (x, y) in phases if totals[stage][phase] > floor]
+        if layers and len(layers[0].x) > 1:
             section.panels.append(Panel(f"{stage}: seconds per step", "stack", layers, "step", "seconds"))
     return section
 
@@ -265,18 +266,18 @@ def thin(x: list[int], y: list[float | None], limit: int = MAX_POINTS) -> tuple[
 
 
 def smoothed(name: str, x: list[int], y: list[float | None], color: str) -> list[Series]:
-    """The running (exponential) mean as a line over faint single steps; a short series alone; [] for none."""
+    """A centred running mean as a line over faint single points; a short series alone; [] for none."""
     if not x:
         return []
     if len(x) < 8:
         return [Series(name, x, y, color, markers=True)]
-    mean: float | None = None
-    smooth: list[float | None] = []
-    for value in y:
-        if value is not None:
-            mean = value if mean is None else mean + SMOOTHING * (value - mean)
-        smooth.append(mean if value is not None else None)
-    return [Series(name, *thin(x, y), color, faint=True), Series(name, *thin(x, smooth), color)]
+    half = max(2, len(x) // 40)
+    mean: list[float | None] = []
+    for index, value in enumerate(y):
+        reach = min(half, index, len(y) - 1 - index)  # narrower at the ends, so that a falling curve keeps its start
+        around = [v for v in y[index - reach : index + reach + 1] if v is not None]
+        mean.append(None if value is None else sum(around) / len(around))
+    return [Series(name, *thin(x, y), color, faint=True), Series(name, *thin(x, mean), color)]
 
 
 def _timings(records: Sequence[Record], stage: str, phase: str) -> dict[int, float]:

@@ -71,7 +71,7 @@ def write_report(run_path: str | Path) -> Path:
         .get_template("report.html.j2")
         .render(
             name=_name(recipe, run),
-            facts=_facts(recipe, environment, records),
+            facts=_facts(recipe, environment, summary, records),
             problems=problems,
             alarms=_alarms(records),
             alarm_limit=ALARM_LIMIT,
@@ -146,7 +146,10 @@ def _name(recipe: Mapping[str, Any], run: Path) -> str:
 
 
 def _facts(
-    recipe: Mapping[str, Any], environment: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    recipe: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
     versions = environment.get("versions") or {}
     hardware = environment.get("hardware") or {}
@@ -167,6 +170,10 @@ def _facts(
         gpus = hardware.get("gpus") or []
         processor = f"{len(gpus)} × {gpus[0]}" if gpus else f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
         facts.append(("hardware", f"{processor}, {hardware.get('memory_gb')} GB"))
+    seconds = summary.get("seconds")
+    if isinstance(seconds, dict):
+        timed = [(stage, value) for stage, value in seconds.items() if isinstance(value, (int, float))]
+        facts.append(("wall time", ", ".join(f"{stage} {value:.0f} s" for stage, value in timed)))
     shown = [(name, versions[name]) for name in ("r4b", "torch", "megatron-core", "python") if versions.get(name)]
     if shown:
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in shown)))

@@ -11,7 +11,7 @@
 
   function axis(title, extra) {
     return Object.assign({
-      title: {text: title, standoff: 8}, automargin: true, gridcolor: color("grid"), linecolor: color("line"),
+      title: {text: title, standoff: 8, font: {size: 12.5}}, automargin: true, gridcolor: color("grid"), linecolor: color("line"),
       zerolinecolor: color("line"), tickfont: {size: 12}, fixedrange: true
     }, extra);
   }
@@ -33,8 +33,11 @@
     if (panel.kind === "bars") {
       made.marker.opacity = series.hatched ? 0.55 : 1;
       made.marker.pattern = series.hatched ? {shape: "/", size: 5, solidity: 0.35} : {};
-      made.texttemplate = panel.percent ? "%{y:.0%}" : "%{y:.1f}";
+      made.text = series.y.map(function (value) { return panel.percent ? String(Math.round(100 * value)) : value.toFixed(1); });
       made.textposition = "outside";
+      made.textfont = {size: 11};
+      made.textangle = 0;
+      made.constraintext = "none";
       made.cliponaxis = false;
       made.hovertemplate = "%{x}: %{y:" + number + "}";
     } else if (panel.kind === "rows") {
@@ -52,7 +55,7 @@
       font: {family: getComputedStyle(document.body).fontFamily, size: 12.5, color: color("ink")},
       margin: {l: 12, r: 14, t: 10, b: 10, pad: 2}, hovermode: panel.kind === "rows" ? "closest" : "x unified",
       hoverlabel: {bgcolor: color("card"), bordercolor: color("line"), font: {color: color("ink")}},
-      legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12.5}},
+      legend: {orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12.5}},
       bargap: panel.kind === "stack" ? 0.06 : 0.28, bargroupgap: 0.06,
       barmode: panel.kind === "bars" ? "group" : "stack",
       xaxis: axis(panel.x_title, panel.kind === "bars" ? {showgrid: false} : {}),
@@ -63,7 +66,6 @@
     if (panel.kind === "rows") {
       made.xaxis.title.text = panel.x_title;
       made.yaxis = axis("", {autorange: "reversed", showgrid: false});
-      made.legend.traceorder = "normal";
     }
     if (panel.percent) {
       made.yaxis.tickformat = ".0%";
@@ -88,6 +90,14 @@
     return made;
   }
 
+  // The newlines that carry the decision would be invisible: they are shown as signs.
+  function words(text) {
+    var made = element("pre");
+    var newlines = text.match(/^\n*/)[0].length;
+    made.append(element("span", "newline", "↵".repeat(newlines)), (newlines === 1 ? "\n" : "") + text.slice(newlines));
+    return made;
+  }
+
   function rolloutCard(rollout) {
     var card = element("article", "rollout");
     var marks = element("div", "marks");
@@ -104,7 +114,7 @@
     if (rollout.p !== null) { marks.append(element("span", "", "p(think) " + rollout.p.toFixed(3))); }
     if (rollout.free) { marks.append(element("span", "", "chosen freely")); }
     if (rollout.truncated) { marks.append(element("span", "cut", "truncated")); }
-    card.append(marks, element("pre", "", rollout.text));
+    card.append(marks, words(rollout.text));
     if (rollout.reason) { card.append(element("p", "reason", rollout.reason)); }
     return card;
   }
@@ -144,13 +154,13 @@
       });
       asked.append(images);
     }
-    var words = element("div", "asked");
+    var text = element("div", "asked");
     var about = [group.source, group.difficulty, group.id].filter(Boolean).join(" · ");
-    words.append(element("p", "meta", about), element("p", "", group.question));
+    text.append(element("p", "meta", about), element("p", "", group.question));
     var answer = element("p", "", "Reference answer: ");
     answer.append(element("b", "", group.answer));
-    words.append(answer);
-    asked.append(words);
+    text.append(answer);
+    asked.append(text);
     var columns = element("div", "columns");
     [["thinking", "Thinking"], ["direct", "Direct"], ["auto", "Neither mode"]].forEach(function (pair) {
       var mine = group.rollouts.filter(function (rollout) { return rollout.mode === pair[0]; });
@@ -193,7 +203,12 @@
     pickGroup.addEventListener("change", show);
     document.getElementById("previous").addEventListener("click", function () { move(-1); });
     document.getElementById("next").addEventListener("click", function () { move(1); });
+    pickStep.selectedIndex = steps.length - 1;
     fillGroups();
+    var telling = steps[steps.length - 1].groups.findIndex(function (group) {
+      return new Set(group.rollouts.map(function (rollout) { return rollout.reward; })).size > 1;
+    });
+    pickGroup.selectedIndex = Math.max(0, telling);
     show();
   }
 

@@ -1,0 +1,94 @@
+"""The report in a real browser: drawn, without an error, at every width and in both colour schemes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from r4b_core.telemetry.report import write_report
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="needs Chromium or Chrome on the PATH (apt-get install chromium)"
+)
+
+
+def browse(page: Path, profile: Path, *arguments: str) -> tuple[str, str]:
+    """(standard output, errors and console lines) of one headless visit; the page notes its errors on its root element."""
+    command = [
+        str(BROWSER),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=8000",
+        "--enable-logging=stderr",
+        "--v=0",
+        *arguments,
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    root = re.search(r"<html[^>]*>", done.stdout)
+    errors = root[0] if root and "data-errors" in root[0] else ""
+    return done.stdout, errors + "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_every_plot_is_drawn_and_nothing_fails(finished_run: Path, tmp_path: Path) -> None:
+    page = write_report(finished_run)
+    dom, console = browse(page, tmp_path, "--window-size=1280,900", "--dump-dom")
+    assert console == "" and 'data-ready="true"' in dom
+    places = dom.count("data-panel=")
+    assert places >= 15
+    assert len(re.findall(r'class="plot[^"]*js-plotly-plot', dom)) == places
+    drawn_lines = len(re.findall(r'<path class="js-line" [^>]*d="M[^"]{20,}', dom))
+    drawn_bars = len(re.findall(r'<g class="point"><path d="M[^"]{10,}', dom))
+    assert drawn_lines >= 30 and drawn_bars >= 60
+    assert dom.count('class="rollout"') == 8 and dom.count('src="data:image/png;base64,') == 1
+
+
+def test_hostile_text_runs_nothing(filled_run: Callable[..., Path], tmp_path: Path) -> None:
+    hostile = (
+        "</script><script>document.documentElement.setAttribute('data-hacked', 1)</script><img src=x onerror=oops()>"
+    )
+    dom, console = browse(write_report(filled_run(question=hostile)), tmp_path / "profile", "--dump-dom")
+    assert console == "" and "data-hacked=" not in dom.split("<body")[0]
+    assert "&lt;img src=x onerror=oops()&gt;" in dom, "the question is shown, as text"
+
+
+def test_an_empty_run_draws_nothing_and_fails_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    dom, console = browse(write_report(tmp_path / "run"), tmp_path / "profile", "--dump-dom")
+    assert console == "" and 'data-ready="true"' in dom and "No BPO steps yet" in dom
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("dark", 500)])
+def test_colours_follow_the_scheme_and_nothing_overflows(
+    finished_run: Path, tmp_path: Path, scheme: str, width: int
+) -> None:
+    picture = tmp_path / "page.png"
+    setting = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
+    browse(
+        write_report(finished_run),
+        tmp_path / "profile",
+        setting,
+        f"--window-size={width},3000",
+        f"--screenshot={picture}",
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert pixels.shape[1] == width
+    page = (0x16, 0x18, 0x1B) if scheme == "dark" else (0xFB, 0xFA, 0xF8)
+    assert (pixels[-1, 2] == page).all() and (pixels[:, width - 3] == page).all(), "the margins are empty"
+    thinking = (0xF5, 0x91, 0x49) if scheme == "dark" else (0xC4, 0x51, 0x0A)
+    assert (pixels == thinking).all(axis=-1).sum() > 500, "the thinking mode's colour is on the page"

@@ -17,7 +17,7 @@ from r4b_core.data.batch import PackedBatch
 from r4b_core.data.boards import AlignmentBoard
 from r4b_core.data.encoding import EncodedPrompt, expand_images
 from r4b_core.data.processing import image_to_patches
-from r4b_core.data.tokenizer import COLOURS, DIGITS, Tokenizer
+from r4b_core.data.tokenizer import COLOURS, DIGITS, MAX_TILES, Tokenizer, position_word
 from r4b_core.modes import IMAGE
 from r4b_kernels.layout import PrefixLayout
 from r4b_kernels.pack_groups import pack_groups
@@ -126,15 +126,17 @@ def pack_alignment(
     pad_to: int | None = None,
     patch_size: int = 16,
 ) -> list[PackedBatch]:
-    """Pack bare images, one segment each; every image token has two loss rows: its digit, then its colour.
+    """Pack bare images, one segment each; every image token has three loss rows: its digit, its colour, its position.
 
-    A stand-in for R-4B's pre-training: each visual token learns to say what it shows. Sequences are the images.
+    A stand-in for R-4B's pre-training: each visual token learns to say what it shows and where. Sequences are the images.
 
     Raises:
         ValueError: if an image exceeds the capacity, or capacity, multiple and pad_to disagree.
     """
     capacity = _usable_capacity(capacity, multiple, pad_to)
-    words = {word: tokenizer.encode(word)[0] for word in (*DIGITS, *COLOURS)}
+    places = [position_word(index) for index in range(MAX_TILES)]
+    words = {word: tokenizer.encode(word)[0] for word in (*DIGITS, *COLOURS, *places)}
+    place_tokens = torch.tensor([words[place] for place in places])
     digit_tokens = torch.tensor([words[digit] for digit in DIGITS])
     colour_tokens = torch.tensor([words[colour] for colour in COLOURS])
     prompts = []
@@ -152,10 +154,11 @@ def pack_alignment(
         digits = digit_tokens[torch.cat([torch.from_numpy(boards[group].digits) for group in chosen])]
         colours = colour_tokens[torch.cat([torch.from_numpy(boards[group].colours) for group in chosen])]
         tiles = torch.tensor([len(boards[group].digits) for group in chosen])
-        batch.row_source = source.repeat_interleave(2)
-        batch.row_target = torch.stack([digits, colours], 1).flatten()
+        positions = torch.cat([place_tokens[: len(boards[group].digits)] for group in chosen])
+        batch.row_source = source.repeat_interleave(3)
+        batch.row_target = torch.stack([digits, colours, positions], 1).flatten()
         batch.row_weight = torch.ones(len(batch.row_source))
-        batch.row_sequence = torch.arange(len(chosen)).repeat_interleave(2 * tiles)
+        batch.row_sequence = torch.arange(len(chosen)).repeat_interleave(3 * tiles)
         batch.num_sequences = len(chosen)
         batches.append(batch)
     return batches

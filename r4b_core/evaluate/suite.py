@@ -12,7 +12,7 @@ from statistics import fmean
 
 from r4b_core.config.recipe import Recipe
 from r4b_core.data.boards import make_samples
-from r4b_core.data.packing import encode_prompt
+from r4b_core.data.encoding import encode_prompt
 from r4b_core.data.schema import Sample
 from r4b_core.data.tokenizer import Tokenizer
 from r4b_core.modes import Mode

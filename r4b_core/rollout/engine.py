@@ -20,7 +20,7 @@ from r4b_kernels import scatter_vision
 from r4b_kernels.layout import PrefixLayout
 from torch import Tensor
 
-from r4b_core.data.packing import EncodedPrompt
+from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.models.r4b.model import R4BModel, vision_rows
 from r4b_core.models.streams import pad_to_multiple
 from r4b_core.modes import Mode, ModeTokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from r4b_core.data.packing import EncodedPrompt
+from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.data.schema import Sample
 from r4b_core.data.tokenizer import Tokenizer
 from r4b_core.modes import Mode

@@ -6,19 +6,27 @@ which is which. The mode of a sample follows R-4B's objective rule: k tries, non
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from r4b_core.config.recipe import OptimConfig
-from r4b_core.data.boards import StandInAnnotator, annotate, make_alignment, make_samples
+from r4b_core.data.annotate import StandInAnnotator, annotate
 from r4b_core.data.batch import PackedBatch
-from r4b_core.data.packing import encode_prompt, encode_sample, pack_alignment, pack_sft
+from r4b_core.data.boards import make_alignment, make_samples, write_response
+from r4b_core.data.encoding import EncodedPrompt, encode_prompt, encode_response
+from r4b_core.data.packing import Response, pack_alignment, pack_groups_for_rl
 from r4b_core.data.schema import Sample
 from r4b_core.losses.heads import sft_head
 from r4b_core.modes import Mode
+from r4b_core.rewards import judge
 from r4b_core.rollout.engine import EmbeddedEngine
+from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
 from r4b_core.rollout.types import Request, SamplingParams
 from r4b_core.stages.job import Job, Stage, mean_metrics
 
 ANNOTATION_STREAM = 3
+MODEL_TRY_TOKENS = 8
 
 
 def pretrain(job: Job) -> None:
@@ -27,10 +35,11 @@ def pretrain(job: Job) -> None:
     if config.steps == 0 or job.is_past("pretrain"):
         return
     stage = job.begin("pretrain", config.optim, config.steps)
+    ranks = job.runtime
     for step in stage.remaining():
         boards = make_alignment("train", job.recipe.seed, "pretrain", step, config.batch_size, job.recipe.data)
-        batches = pack_alignment(job.tokenizer, boards, **packing(job))
-        update(stage, batches[job.runtime.dp_rank])
+        mine = boards[ranks.dp_rank :: ranks.dp]
+        update(stage, pack_alignment(job.tokenizer, mine, **packing(job)))
 
 
 def anneal(job: Job) -> None:
@@ -46,9 +55,8 @@ def anneal(job: Job) -> None:
             only = Mode(config.tail)
             stage.learner.optim = _tail_optim(config.optim, config.tail_lr)
         samples = annealing_samples(job, step, only)
-        batches = pack_sft([encode_sample(job.tokenizer, sample) for sample in samples], **packing(job))
         thinking = sum(sample.mode is Mode.THINKING for sample in samples) / len(samples)
-        update(stage, batches[job.runtime.dp_rank], {"data/thinking_share": thinking})
+        update(stage, pack_samples(job, samples), {"data/thinking_share": thinking})
 
 
 def annealing_samples(job: Job, step: int, only: Mode | None = None) -> list[Sample]:
@@ -56,16 +64,16 @@ def annealing_samples(job: Job, step: int, only: Mode | None = None) -> list[Sam
     config, recipe = job.recipe.anneal, job.recipe
     samples = make_samples("train", recipe.seed, "anneal", step, config.batch_size, config.mix, config=recipe.data)
     if only is not None:
-        return annotate(samples, mode=only)
-    if config.annotator == "stand_in":
-        answers = StandInAnnotator(recipe.seed).answers(samples, config.tries)
+        return [replace(sample, mode=only, response=write_response(sample, only)) for sample in samples]
+    if config.annotator == "model":
+        tries = model_tries(job, samples, step)
     else:
-        answers = model_answers(job, samples, step)
-    return annotate(samples, answers)
+        tries = StandInAnnotator(recipe.seed).respond(samples, config.tries)
+    return annotate(samples, tries, judge, write_response)
 
 
-def model_answers(job: Job, samples: list[Sample], step: int) -> list[list[str]]:
-    """k direct answers of the model itself to every sample, as R-4B's annotator gives them."""
+def model_tries(job: Job, samples: list[Sample], step: int) -> list[list[str]]:
+    """k direct responses of the model itself to every sample."""
     tries = job.recipe.anneal.tries
     prompts = [encode_prompt(job.tokenizer, sample) for sample in samples]
     requests = [
@@ -74,9 +82,18 @@ def model_answers(job: Job, samples: list[Sample], step: int) -> list[list[str]]
         for k in range(tries)
     ]
     engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
-    rollouts = engine.generate(prompts, requests, SamplingParams(max_new_tokens=8))
-    texts = [job.tokenizer.decode(job.tokenizer.mode_tokens.split(rollout.tokens)[1]) for rollout in rollouts]
-    return [texts[i : i + tries] for i in range(0, len(texts), tries)]
+    groups = generate_groups(
+        engine, job.runtime, job.tokenizer, samples, prompts, requests, SamplingParams(MODEL_TRY_TOKENS)
+    )
+    return [[rollout.text for rollout in group.rollouts] for group in groups]
+
+
+def pack_samples(job: Job, samples: list[Sample]) -> list[PackedBatch]:
+    """This rank's micro-batches: one segment per sample, loss on every response token."""
+    prompts: list[EncodedPrompt] = [encode_prompt(job.tokenizer, sample) for sample in samples]
+    responses = [[Response(encode_response(job.tokenizer, sample))] for sample in samples]
+    batches = pack_groups_for_rl(prompts, responses, share_prefix=False, ranks=job.runtime.dp, **packing(job))
+    return batches[job.runtime.dp_rank]
 
 
 def update(stage: Stage, batches: list[PackedBatch], values: dict[str, float] | None = None) -> None:
@@ -87,14 +104,13 @@ def update(stage: Stage, batches: list[PackedBatch], values: dict[str, float] | 
     stage.log(result, {**mean_metrics(result), **(values or {})}, tokens)
 
 
-def packing(job: Job) -> dict[str, int | None]:
-    """How this job cuts its batches: capacity, divisibility and data-parallel ranks."""
+def packing(job: Job) -> dict[str, Any]:
+    """How this job cuts its streams: capacity and divisibility."""
     parallel, packed = job.recipe.parallel, job.recipe.packing
     return {
         "capacity": packed.capacity,
         "multiple": parallel.tp * parallel.cp,
         "pad_to": packed.capacity if packed.static else None,
-        "ranks": job.runtime.dp,
     }
 
 

@@ -14,14 +14,14 @@ from r4b_kernels import group_advantage
 from r4b_core.config.recipe import BpoConfig
 from r4b_core.data.batch import PackedBatch
 from r4b_core.data.boards import make_samples
-from r4b_core.data.packing import EncodedPrompt, encode_prompt, pack_rollouts
+from r4b_core.data.encoding import EncodedPrompt, encode_prompt
+from r4b_core.data.packing import Response, pack_groups_for_rl
 from r4b_core.data.schema import Sample
 from r4b_core.losses.heads import PolicyHead, row_logprobs
 from r4b_core.losses.policy import response_row_weights
 from r4b_core.models.r4b.model import R4BModel
 from r4b_core.modes import Mode
 from r4b_core.parallel import checkpoint
-from r4b_core.parallel.learner import forward_only
 from r4b_core.rewards import Rewarder
 from r4b_core.rollout.engine import EmbeddedEngine, bimode_requests
 from r4b_core.rollout.gather import generate_groups
@@ -39,8 +39,8 @@ def bpo(job: Job) -> None:
     config = job.recipe.bpo
     if config.steps == 0:
         return
-    reference = reference_model(job) if config.kl_coef > 0 else None
     stage = job.begin("bpo", config.optim, config.steps, freeze=config.freeze)
+    reference = reference_model(job, stage) if config.kl_coef > 0 else None
     engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
     timeline, head = job.run.timeline, PolicyHead(config)
 
@@ -62,12 +62,12 @@ def bpo(job: Job) -> None:
                     break
             groups, prompts = groups[: config.prompts] or drawn, prompts[: config.prompts] or encoded
 
-            batches = pack(job, groups, prompts)[job.runtime.dp_rank]
+            batches = pack(job, groups, prompts)
             with timeline("reference"):
                 if reference is not None:
-                    add_column(job, batches, "ref_logprob", reference)
+                    add_column(job, stage, batches, "ref_logprob", reference)
                 if config.old_logprob == "recompute":
-                    add_column(job, batches, "old_logprob", job.model)
+                    add_column(job, stage, batches, "old_logprob", job.model)
             with timeline("update"):
                 for _ in range(config.epochs):
                     result = stage.learner.step(batches, head)
@@ -123,52 +123,63 @@ def has_signal(group: Group) -> bool:
     return any(rollout.advantage != 0 for rollout in group.rollouts)
 
 
-def pack(job: Job, groups: list[Group], prompts: list[EncodedPrompt]) -> list[list[PackedBatch]]:
-    """Micro-batches per data-parallel rank, with the columns that the loss needs."""
+def pack(job: Job, groups: list[Group], prompts: list[EncodedPrompt]) -> list[PackedBatch]:
+    """This rank's micro-batches, every group with its prompt once, and the columns that the loss needs."""
     config = job.recipe.bpo
     flat = [rollout for group in groups for rollout in group.rollouts]
-    lengths = torch.tensor([len(rollout.tokens) for rollout in flat])
+    lengths = [len(rollout.tokens) for rollout in flat]
     weights = response_row_weights(
-        lengths,
+        torch.tensor(lengths),
         config.mode_token_weight,
         torch.tensor([rollout.forced for rollout in flat]),
         config.mode_token_loss == "include",
         config.reduction,
         config.max_new_tokens,
     )
-    columns = {
-        "share": weights.share,
-        "old_logprob": torch.tensor([value for rollout in flat for value in rollout.logprobs]),
-        "advantage": torch.tensor([rollout.advantage for rollout in flat]).repeat_interleave(lengths),
-    }
-    return pack_rollouts(
-        prompts,
-        [[rollout.tokens for rollout in group.rollouts] for group in groups],
-        weights.weight,
-        columns,
-        share_prefix=config.share_prefix,
-        **packing(job),
+    rows = zip(flat, weights.weight.split(lengths), weights.share.split(lengths), strict=True)
+    responses = iter(
+        Response(
+            rollout.tokens,
+            weight.tolist(),
+            {"share": share.tolist(), "old_logprob": rollout.logprobs, "advantage": rollout.advantage},
+        )
+        for rollout, weight, share in rows
     )
+    grouped = [[next(responses) for _ in group.rollouts] for group in groups]
+    ranks = pack_groups_for_rl(
+        prompts, grouped, share_prefix=config.share_prefix, ranks=job.runtime.dp, **packing(job)
+    )
+    return ranks[job.runtime.dp_rank]
 
 
-def reference_model(job: Job) -> R4BModel:
-    """The policy as it was before the first update, kept beside the checkpoints for resumed runs."""
-    folder = job.run.path / "checkpoints" / "reference"
-    path = checkpoint.latest(folder)
-    if path is None or not (job.resume and job.resume.stage == "bpo"):
-        path = checkpoint.save_weights(folder, job.model, job.runtime)
-    reference = job.new_model()
-    checkpoint.load_weights(path, [reference])
-    return reference.eval().requires_grad_(False)
+def reference_model(job: Job, stage: Stage) -> R4BModel:
+    """The policy as it was before the first update; kept beside the checkpoints for resumed runs."""
+    folder, reference = job.checkpoints("reference"), job.new_model()
+    if stage.done == 0:
+        checkpoint.save(folder, 0, stage.learner, {}, keep=1)
+        reference.load_state_dict(job.model.state_dict())
+    else:
+        path = checkpoint.latest(folder)
+        if path is None:
+            raise ValueError(
+                f"{folder}: the reference policy of this run is gone, so its KL term cannot go on: restore the folder, "
+                "set bpo.kl_coef=0, or start a new run folder"
+            )
+        checkpoint.load_weights(path, [reference])
+    return reference.requires_grad_(False)
 
 
-def add_column(job: Job, batches: list[PackedBatch], name: str, model: R4BModel) -> None:
+def add_column(job: Job, stage: Stage, batches: list[PackedBatch], name: str, model: R4BModel) -> None:
     """Log-probabilities of all rows under ``model``, as a column of the batches."""
-    temperature = job.recipe.bpo.temperature
-    columns = forward_only(
-        [model], job.runtime, batches, lambda m, batch, hidden: row_logprobs(m, batch, hidden, temperature), broadcast=True
-    )
+    temperature, group = job.recipe.bpo.temperature, job.runtime.cp_group
+
+    def logprobs(model: R4BModel, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor:
+        return row_logprobs(model, batch, hidden, temperature)
+
+    columns = stage.learner.forward_only(batches, logprobs, model=model, broadcast=True) or []
     for batch, column in zip(batches, columns, strict=True):
+        if job.runtime.cp > 1:
+            torch.distributed.all_reduce(column, group=group)
         batch.row_data[name] = column
 
 
@@ -184,6 +195,3 @@ def probe(job: Job, engine: EmbeddedEngine, rewarder: Rewarder, step: int) -> di
     groups = generate_groups(engine, job.runtime, job.tokenizer, samples, prompts, requests, params)
     rewarder.score(groups, job.tokenizer)
     return probe_metrics(groups, job.tokenizer.mode_tokens)
-
-
-__all__ = ["Stage", "bpo"]

@@ -63,7 +63,7 @@ def find_resume_point(run: Path) -> ResumePoint | None:
     for stage in reversed(STAGES):
         path = checkpoint.latest(run / "checkpoints" / stage)
         if path is not None:
-            return ResumePoint(stage, checkpoint.step_of(path), path)
+            return ResumePoint(stage, checkpoint.read_state(path)["step"], path)
     return None
 
 
@@ -140,11 +140,15 @@ class Stage:
             if due or stopping:
                 saved = self.save()
                 if stopping and self.done < self.steps:
-                    raise Interrupted(
-                        f"stopped after {self.name} step {self.done} of {self.steps}; "
-                        + (f"go on with: r4b train {job.run.path / 'recipe.resolved.yaml'} --run {job.run.path}" if saved else
-                           "the state could not be saved, the run goes on from the checkpoint before")
-                    )
+                    raise Interrupted(self._farewell(saved))
+
+    def _farewell(self, saved: bool) -> str:
+        run = self.job.run.path
+        state = "the state is saved" if saved else "the state could not be saved, the checkpoint before it stands"
+        return (
+            f"stopped after {self.name} step {self.done} of {self.steps}; {state}. "
+            f"Go on with: r4b train {run / 'recipe.resolved.yaml'} --run {run}"
+        )
 
     def log(self, result: StepResult, values: dict[str, float], tokens: int) -> None:
         """One line of metrics for the step in progress."""

@@ -80,7 +80,8 @@ def pack_groups(
                 f"group {group}: its prefix of {prefix} tokens and its response of {max(lengths)} exceed "
                 f"capacity={capacity}: raise the capacity or shorten the group"
             )
-        if not split and (whole := sum(lengths) + prefix * (1 if share_prefix else len(lengths))) > capacity:
+        whole = sum(lengths) + prefix * (1 if share_prefix else len(lengths))
+        if lengths and not split and whole > capacity:
             raise ValueError(
                 f"group {group}: it has {whole} tokens and capacity={capacity}: allow split=True or raise the capacity"
             )

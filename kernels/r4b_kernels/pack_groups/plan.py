@@ -105,7 +105,6 @@ class PackPlan:
 
 def finish(problem: Problem, bins: list[Bin], rank_of_bin: list[int], bin_costs: list[float]) -> PackPlan:
     """A plan from bins that are already dealt out."""
-    groups = range(len(problem.prefixes))
     return PackPlan(
         bins=bins,
         rank_of_bin=rank_of_bin,
@@ -113,5 +112,8 @@ def finish(problem: Problem, bins: list[Bin], rank_of_bin: list[int], bin_costs:
         bin_costs=bin_costs,
         capacity=problem.capacity,
         num_ranks=problem.ranks,
-        unique_tokens=sum(problem.tokens(g, list(range(len(problem.responses[g])))) for g in groups),
+        unique_tokens=sum(
+            sum(lengths) + prefix * ((1 if problem.share_prefix else len(lengths)) if lengths else 0)
+            for prefix, lengths in zip(problem.prefixes, problem.responses, strict=True)
+        ),
     )

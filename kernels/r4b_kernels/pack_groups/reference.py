@@ -32,7 +32,15 @@ def pack(problem: Problem) -> PackPlan:
         if piece:
             place(group, piece)
     bins += [[] for _ in range(-len(bins) % problem.ranks)]
-    return deal(problem, [sorted(bin_) for bin_ in bins])
+    return deal(problem, [merge(bin_) for bin_ in bins])
+
+
+def merge(bin_: Bin) -> Bin:
+    """One entry per group, ascending: two pieces of a group may have met in a bin."""
+    members: dict[int, list[int]] = {}
+    for group, piece in bin_:
+        members.setdefault(group, []).extend(piece)
+    return [(group, sorted(piece)) for group, piece in sorted(members.items())]
 
 
 def deal(problem: Problem, bins: list[Bin]) -> PackPlan:

@@ -6,7 +6,7 @@ from r4b_kernels.dispatch import BackendError
 from r4b_kernels.group_advantage import Advantage, group_advantage
 from r4b_kernels.layout import PrefixLayout
 from r4b_kernels.linear_logprob import linear_logprob
-from r4b_kernels.pack_groups import PackCost, PackPlan, pack_groups
+from r4b_kernels.pack_groups import Bin, PackCost, PackPlan, pack_groups
 from r4b_kernels.policy_loss_head import PolicyLoss, policy_loss_head
 from r4b_kernels.prefix_attention import prefix_attention
 from r4b_kernels.qk_norm_mrope import qk_norm_mrope
@@ -18,6 +18,7 @@ from r4b_kernels.vision_attention import vision_attention
 __all__ = [
     "Advantage",
     "BackendError",
+    "Bin",
     "PackCost",
     "PackPlan",
     "PolicyLoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,21 +125,31 @@ def _load(path: Path, parse: Any, problems: list[str]) -> dict[str, Any]:
     return value
 
 
-def _checked_summary(summary: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The summary without sides that are not {family: {mode: {metric: number}}}."""
+def _checked_summary(summary: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The summary without sides that are not {family: {mode: {metric: number or null}}}; NaN becomes null."""
     checked = dict(summary)
     for when in ("before_bpo", "after_bpo"):
         side = summary.get(when) or {}
-        cells = (
-            [c for f in side.values() for c in (f.values() if isinstance(f, dict) else [None])]
-            if isinstance(side, dict)
-            else [None]
-        )
-        numbers = [v for cell in cells for v in (cell.values() if isinstance(cell, dict) else ["not a mapping"])]
-        if not all(v is None or isinstance(v, (int, float)) for v in numbers):
+        try:
+            checked[when] = {
+                family: {mode: {name: _finite(value) for name, value in cell.items()} for mode, cell in modes.items()}
+                for family, modes in side.items()
+            }
+        except (AttributeError, TypeError):
             problems.append(f"{SUMMARY}: {when} is not a mapping of family, mode and metric; it was left out.")
             checked[when] = {}
     return checked
+
+
+def _finite(value: float | None) -> float | None:
+    """None for None and NaN. TypeError: not a number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _part(whole: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of a file, {} where it is absent or no mapping."""
+    part = whole.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _name(recipe: Mapping[str, Any], run: Path) -> str:
@@ -151,28 +162,27 @@ def _facts(
     summary: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
-    versions = environment.get("versions") or {}
-    hardware = environment.get("hardware") or {}
-    bpo = recipe.get("bpo") or {}
+    versions = _part(environment, "versions")
+    hardware = _part(environment, "hardware")
+    bpo = _part(recipe, "bpo")
     facts: list[tuple[str, str]] = []
     if environment.get("date"):
         resumes = len(environment.get("resumes") or [])
-        facts.append(("started", environment["date"] + (f", resumed {resumes} ×" if resumes else "")))
+        facts.append(("started", str(environment["date"]) + (f", resumed {resumes} ×" if resumes else "")))
     if "seed" in recipe:
         facts.append(("seed", str(recipe["seed"])))
     if bpo:
         done = max((r["step"] for r in records if r["stage"] == "bpo"), default=0)
         facts.append(("algorithm", f"{bpo.get('algorithm', 'bpo')}, {done} of {bpo.get('steps', '?')} steps"))
-    model = recipe.get("model") or {}
+    model = _part(recipe, "model")
     if model:
         facts.append(("model", f"{model.get('family', '?')}, {model.get('size', '?')}"))
     if hardware:
         gpus = hardware.get("gpus") or []
         processor = f"{len(gpus)} × {gpus[0]}" if gpus else f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
         facts.append(("hardware", f"{processor}, {hardware.get('memory_gb')} GB"))
-    seconds = summary.get("seconds")
-    if isinstance(seconds, dict):
-        timed = [(stage, value) for stage, value in seconds.items() if isinstance(value, (int, float))]
+    timed = [(stage, value) for stage, value in _part(summary, "seconds").items() if isinstance(value, (int, float))]
+    if timed:
         facts.append(("wall time", ", ".join(f"{stage} {value:.0f} s" for stage, value in timed)))
     shown = [(name, versions[name]) for name in ("r4b", "torch", "megatron-core", "python") if versions.get(name)]
     if shown:
@@ -257,8 +267,8 @@ def _numbered(sections: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _provenance(environment: Mapping[str, Any]) -> str:
-    versions = environment.get("versions") or {}
+    versions = _part(environment, "versions")
     listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    system = (environment.get("hardware") or {}).get("system")
+    system = _part(environment, "hardware").get("system")
     parts = [f"Report written {now()}", f"run on {system}" if system else "", listed]
     return "; ".join(part for part in parts if part) + "."

@@ -162,6 +162,14 @@ def test_a_summary_of_another_shape_is_left_out(tmp_path: Path, side: object) ->
     assert "No evaluation yet" in page_of(tmp_path).text
 
 
+def test_numbers_that_are_none_or_nan_are_dashes(tmp_path: Path) -> None:
+    cells = {"hard": {"auto": {"accuracy": float("nan"), "mean_tokens": None, "thinking_rate": 0.25}}}
+    (tmp_path / "summary.json").write_text(json.dumps({"after_bpo": cells, "seconds": 3, "peak_rss_gb": "much"}))
+    (tmp_path / "recipe.resolved.yaml").write_text("bpo: 3\nname: 7\nmodel: []\n")
+    (tmp_path / "environment.json").write_text('{"versions": 1, "hardware": null, "date": 2}')
+    assert "auto – – – – – 25.0 %" in page_of(tmp_path).text
+
+
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         write_report(tmp_path / "nowhere")

@@ -17,7 +17,8 @@ from r4b_core.data.schema import Sample
 from r4b_core.data.tokenizer import Tokenizer
 from r4b_core.modes import Mode
 from r4b_core.parallel.runtime import Runtime
-from r4b_core.rewards import Rewarder
+from r4b_core.rewards.reward import AnswerReward
+from r4b_core.rewards.verify import Verifier
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.types import Group, Request, Rollout, SamplingParams
@@ -76,19 +77,20 @@ def evaluate(recipe: Recipe, runtime: Runtime, tokenizer: Tokenizer, engine: Emb
     """Answer ``recipe.evaluate.items`` held-out items per family in every mode, and in auto mode with wrong images."""
     cells: dict[str, dict[str, Cell]] = {}
     shuffled: dict[str, float] = {}
-    with Rewarder() as rewarder:
+    with Verifier() as verifier:
+        reward = AnswerReward(verifier)
         for family in FAMILIES:
             samples = make_samples(
                 "held_out", recipe.seed, "evaluate", 0, recipe.evaluate.items, MIX, family, config=recipe.data
             )
             groups = _answer(recipe, runtime, tokenizer, engine, samples, MODES)
-            rewarder.score(groups, tokenizer)
+            reward.score_groups(groups, tokenizer.decode)
             cells[family] = {
                 mode.value: Cell.of([rollout for group in groups for rollout in group.rollouts if rollout.mode is mode])
                 for mode in MODES
             }
             mixed = _answer(recipe, runtime, tokenizer, engine, deal_images(samples), (Mode.AUTO,))
-            rewarder.score(mixed, tokenizer)
+            reward.score_groups(mixed, tokenizer.decode)
             shuffled[family] = fmean(rollout.reward for group in mixed for rollout in group.rollouts)
     return Evaluation(cells, shuffled)
 
@@ -111,4 +113,4 @@ def _answer(
     prompts = [encode_prompt(tokenizer, sample) for sample in samples]
     requests = [Request(prompt, mode, 0) for prompt in range(len(prompts)) for mode in modes]
     params = SamplingParams(recipe.bpo.max_new_tokens, temperature=0.0)
-    return generate_groups(engine, runtime, tokenizer, samples, prompts, requests, params)
+    return generate_groups(engine, runtime, samples, prompts, requests, params)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.data.schema import Sample
-from r4b_core.data.tokenizer import Tokenizer
 from r4b_core.modes import Mode
 from r4b_core.parallel.runtime import Runtime
 from r4b_core.rollout.engine import EmbeddedEngine
@@ -17,7 +16,6 @@ from r4b_core.rollout.types import FinishReason, Group, Request, Rollout, Sampli
 def generate_groups(
     engine: EmbeddedEngine,
     runtime: Runtime,
-    tokenizer: Tokenizer,
     samples: Sequence[Sample],
     prompts: Sequence[EncodedPrompt],
     requests: Sequence[Request],
@@ -30,8 +28,6 @@ def generate_groups(
     place = {prompt: row for row, prompt in enumerate(chosen)}
     own = [dataclasses.replace(request, prompt=place[request.prompt]) for request in requests if request.prompt in place]
     drawn = engine.generate([prompts[i] for i in chosen], own, params)
-    for rollout in drawn:
-        rollout.text = tokenizer.decode(rollout.tokens)
     by_rank = runtime.gather([dataclasses.asdict(rollout) for rollout in drawn], runtime.dp_cp_group)
     queues = [iter(rows) for rows in by_rank]
     # The group's ranks come in data-parallel order with context ranks side by side or not; find each one's share.

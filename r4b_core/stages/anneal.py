@@ -18,7 +18,7 @@ from r4b_core.data.packing import Response, pack_alignment, pack_groups_for_rl
 from r4b_core.data.schema import Sample
 from r4b_core.losses.heads import sft_head
 from r4b_core.modes import Mode
-from r4b_core.rewards import judge
+from r4b_core.rewards.reward import AnswerReward
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
@@ -69,7 +69,7 @@ def annealing_samples(job: Job, step: int, only: Mode | None = None) -> list[Sam
         tries = model_tries(job, samples, step)
     else:
         tries = StandInAnnotator(recipe.seed).respond(samples, config.tries)
-    return annotate(samples, tries, judge, write_response)
+    return annotate(samples, tries, AnswerReward(), write_response)
 
 
 def model_tries(job: Job, samples: list[Sample], step: int) -> list[list[str]]:
@@ -82,10 +82,8 @@ def model_tries(job: Job, samples: list[Sample], step: int) -> list[list[str]]:
         for k in range(tries)
     ]
     engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
-    groups = generate_groups(
-        engine, job.runtime, job.tokenizer, samples, prompts, requests, SamplingParams(MODEL_TRY_TOKENS)
-    )
-    return [[rollout.text for rollout in group.rollouts] for group in groups]
+    groups = generate_groups(engine, job.runtime, samples, prompts, requests, SamplingParams(MODEL_TRY_TOKENS))
+    return [[job.tokenizer.decode(rollout.tokens) for rollout in group.rollouts] for group in groups]
 
 
 def pack_samples(job: Job, samples: list[Sample]) -> list[PackedBatch]:

@@ -22,7 +22,8 @@ from r4b_core.losses.policy import response_row_weights
 from r4b_core.models.r4b.model import R4BModel
 from r4b_core.modes import Mode
 from r4b_core.parallel import checkpoint
-from r4b_core.rewards import Rewarder
+from r4b_core.rewards.reward import AnswerReward
+from r4b_core.rewards.verify import Verifier
 from r4b_core.rollout.engine import EmbeddedEngine, bimode_requests
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
@@ -36,32 +37,18 @@ RESAMPLE_ROUNDS = 3
 
 
 def bpo(job: Job) -> None:
-    config = job.recipe.bpo
+    config, timeline = job.recipe.bpo, job.run.timeline
     if config.steps == 0:
         return
     stage = job.begin("bpo", config.optim, config.steps, freeze=config.freeze)
     reference = reference_model(job, stage) if config.kl_coef > 0 else None
     engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
-    timeline, head = job.run.timeline, PolicyHead(config)
+    head = PolicyHead(config)
 
-    with Rewarder(length_cost=config.length_cost, budget=config.max_new_tokens) as rewarder:
+    with Verifier() as verifier:
+        reward = AnswerReward(verifier, config.length_cost, config.max_new_tokens)
         for step in stage.remaining():
-            groups, prompts = [], []
-            for attempt in range(RESAMPLE_ROUNDS if config.drop_zero_variance else 1):
-                samples = draw_prompts(job, step, attempt)
-                encoded = [encode_prompt(job.tokenizer, sample) for sample in samples]
-                with timeline("rollout"):
-                    drawn = rollouts(job, engine, samples, encoded, step, attempt)
-                with timeline("reward"):
-                    rewarder.score(drawn, job.tokenizer)
-                    assign_advantages(drawn, config)
-                kept = [i for i, group in enumerate(drawn) if not config.drop_zero_variance or has_signal(group)]
-                groups += [drawn[i] for i in kept]
-                prompts += [encoded[i] for i in kept]
-                if len(groups) >= config.prompts:
-                    break
-            groups, prompts = groups[: config.prompts] or drawn, prompts[: config.prompts] or encoded
-
+            groups, prompts = collect(job, engine, reward, step)
             batches = pack(job, groups, prompts)
             with timeline("reference"):
                 if reference is not None:
@@ -74,12 +61,38 @@ def bpo(job: Job) -> None:
 
             values = bimode_metrics(groups, job.tokenizer.mode_tokens)
             if config.probe_every and step % config.probe_every == 0:
-                with timeline("evaluate"):
-                    values |= probe(job, engine, rewarder, step)
+                values |= probe(job, engine, reward, step)
             if step % job.recipe.telemetry.rollouts_every == 0:
                 job.run.write_rollouts("bpo", step + 1, groups)
             generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
             stage.log(result, {**mean_metrics(result), **values}, generated)
+
+
+def collect(
+    job: Job, engine: EmbeddedEngine, reward: AnswerReward, step: int
+) -> tuple[list[Group], list[EncodedPrompt]]:
+    """A step's groups, scored and with advantages, and their prompts.
+
+    DAPO leaves out groups whose rewards are all equal and draws again, a few times at most.
+    """
+    config, timeline = job.recipe.bpo, job.run.timeline
+    groups: list[Group] = []
+    prompts: list[EncodedPrompt] = []
+    for attempt in range(RESAMPLE_ROUNDS if config.drop_zero_variance else 1):
+        samples = draw_prompts(job, step, attempt)
+        encoded = [encode_prompt(job.tokenizer, sample) for sample in samples]
+        with timeline("rollout"):
+            drawn = rollouts(job, engine, samples, encoded, step, attempt)
+        with timeline("reward"):
+            reward.score_groups(drawn, job.tokenizer.decode)
+            assign_advantages(drawn, config)
+        for group, prompt in zip(drawn, encoded, strict=True):
+            if len(groups) < config.prompts and (has_signal(group) or not config.drop_zero_variance):
+                groups.append(group)
+                prompts.append(prompt)
+        if len(groups) == config.prompts:
+            break
+    return (groups, prompts) if groups else (drawn, encoded)
 
 
 def draw_prompts(job: Job, step: int, attempt: int = 0) -> list[Sample]:
@@ -101,7 +114,7 @@ def rollouts(
 
     requests = bimode_requests(len(prompts), config.group_size, config.rollouts == "free", seed)
     params = SamplingParams(config.max_new_tokens, config.temperature)
-    return generate_groups(engine, job.runtime, job.tokenizer, samples, prompts, requests, params)
+    return generate_groups(engine, job.runtime, samples, prompts, requests, params)
 
 
 def assign_advantages(groups: Sequence[Group], config: BpoConfig) -> None:
@@ -183,7 +196,7 @@ def add_column(job: Job, stage: Stage, batches: list[PackedBatch], name: str, mo
         batch.row_data[name] = column
 
 
-def probe(job: Job, engine: EmbeddedEngine, rewarder: Rewarder, step: int) -> dict[str, float]:
+def probe(job: Job, engine: EmbeddedEngine, reward: AnswerReward, step: int) -> dict[str, float]:
     """Free greedy answers to fixed held-out questions: does the model think, and where?"""
     config = job.recipe.bpo
     samples = make_samples(
@@ -192,6 +205,7 @@ def probe(job: Job, engine: EmbeddedEngine, rewarder: Rewarder, step: int) -> di
     prompts = [encode_prompt(job.tokenizer, sample) for sample in samples]
     requests = [Request(i, Mode.AUTO, request_seed(job.recipe.seed, PROBE_STREAM, step, i)) for i in range(len(prompts))]
     params = SamplingParams(config.max_new_tokens, temperature=0.0)
-    groups = generate_groups(engine, job.runtime, job.tokenizer, samples, prompts, requests, params)
-    rewarder.score(groups, job.tokenizer)
+    with job.run.timeline("evaluate"):
+        groups = generate_groups(engine, job.runtime, samples, prompts, requests, params)
+        reward.score_groups(groups, job.tokenizer.decode)
     return probe_metrics(groups, job.tokenizer.mode_tokens)

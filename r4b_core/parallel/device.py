@@ -18,7 +18,8 @@ call in Megatron-Core                                 on a CPU
 ``@jit_fuser``, ``@torch.compile`` at import          the plain function: no compiler runs on a CPU
 ====================================================  ==================================================================
 
-``torch.cuda.is_available()`` stays False, since several paths choose the CPU by it. No environment variable is set.
+``torch.cuda.is_available()`` stays False, since several paths choose the CPU by it. No environment variable is set or
+needed on a CPU; on a GPU see :func:`select_device`.
 
 Import this module before any ``megatron`` module: only then are the functions it would compile left plain.
 """
@@ -57,6 +58,7 @@ _HARMLESS_WARNINGS = (
 )
 _HARMLESS_IN_MEGATRON = (
     r".*full scope is deprecated.*",
+    r".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*",
     r".*`load_state_dict` is deprecated.*",
     r".*The \.grad attribute of a Tensor that is not a leaf Tensor.*",
 )
@@ -82,9 +84,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def select_device() -> None:
-    """Make this rank's GPU the current one. Must come before the first collective."""
+def select_device(*, overlap: bool = False) -> None:
+    """Make this rank's GPU the current one. Must come before the first collective and before any tensor lies on it.
+
+    With ``overlap`` (tensor parallelism) work is queued in the order of its launch, which Megatron-Core's overlap of
+    communication with matrix products relies on: ``CUDA_DEVICE_MAX_CONNECTIONS`` is set to 1 unless it is set already.
+    """
     if torch.cuda.is_available():
+        if overlap:
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device())
 
 

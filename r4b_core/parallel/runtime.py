@@ -150,7 +150,7 @@ def start(parallel: Layout, *, seed: int, timeout_s: float | None = None) -> Run
     if parallel_state.is_initialized():
         raise ValueError("a parallel layout is already in place: call Runtime.stop() before start()")
     device.activate()
-    device.select_device()
+    device.select_device(overlap=parallel.tp > 1)
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         # A world of one keeps its store in memory: no port is opened.

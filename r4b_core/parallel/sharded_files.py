@@ -106,11 +106,21 @@ class Save:
 
 
 def drop_empty_objects(state: Any) -> Any:
-    """``state`` without the empty extra states that Megatron-Core's linear layers carry: no object is ever pickled."""
+    """``state`` without the empty extra states of Megatron-Core's linear layers, so that no object is ever pickled.
+
+    The optimizer's ``param_state`` is None on all but the first data-parallel rank, and is left out there.
+    """
+
+    def empty(key: str, value: Any) -> bool:
+        if isinstance(value, ShardedObject):
+            assert value.data is None, f"{value.key} would be pickled"
+            return True
+        return key == "param_state" and value is None
+
     if isinstance(state, dict):
-        return {key: drop_empty_objects(value) for key, value in state.items() if not isinstance(value, ShardedObject)}
+        return {key: drop_empty_objects(value) for key, value in state.items() if not empty(key, value)}
     if isinstance(state, list):
-        return [drop_empty_objects(value) for value in state if not isinstance(value, ShardedObject)]
+        return [drop_empty_objects(value) for value in state]
     return state
 
 

@@ -6,7 +6,7 @@ Process groups cannot pass through an operator's schema, so operators carry the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ def group_name(group: dist.ProcessGroup | None) -> str | None:
 
 
 def group_of(name: str | None) -> dist.ProcessGroup | None:
-    return None if name is None else _resolve_process_group(name)
+    return None if name is None else _resolve_process_group(cast(Any, name))
 
 
 def shard_start(shard_size: int, group: dist.ProcessGroup | None) -> int:

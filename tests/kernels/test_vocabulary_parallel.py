@@ -42,7 +42,7 @@ def cases_and_results(tmp_path_factory: pytest.TempPathFactory):
     ]
     try:
         for rank in ranks:
-            _, stderr = rank.communicate(timeout=120)
+            _, stderr = rank.communicate(timeout=300)
             assert rank.returncode == 0, stderr
     finally:
         for rank in ranks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -63,8 +65,9 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, temperature, group, backend):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype)) for _ in range(3))
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    return hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows, dtype=dtype), hidden.new_empty(rows, dtype=dtype)
 
 
 @torch.library.custom_op("r4b_kernels::linear_logprob_backward", mutates_args=())
@@ -89,16 +92,13 @@ def _linear_logprob_backward(
 
 @_linear_logprob_backward.register_fake
 def _(
-    grad_logprob, grad_entropy, hidden, weight, target, logsumexp, entropy, temperature, group, need_hidden,
-    need_weight, backend,
-):  # fmt: skip
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
-    )
+    grad_logprob: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *_, need_hidden, need_weight, _ = rest
+    return hidden.new_empty(hidden.shape if need_hidden else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, target, ctx.temperature, ctx.group, ctx.backend = inputs
     _, entropy, logsumexp = output
     ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
@@ -106,7 +106,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_logprob, grad_entropy, _):
+def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_logprob is None and grad_entropy is None:
         return None, None, None, None, None, None
     need_hidden, need_weight = ctx.needs_input_grad[:2]

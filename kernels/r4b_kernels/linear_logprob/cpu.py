@@ -57,7 +57,9 @@ def local_columns(target: Tensor, weight: Tensor, start: int) -> tuple[Tensor, T
     return column.clamp(0, weight.shape[0] - 1), inside
 
 
-def reduce_rows(z: Tensor, target: Tensor, weight: Tensor, start: int, buffers: ChunkBuffers):
+def reduce_rows(
+    z: Tensor, target: Tensor, weight: Tensor, start: int, buffers: ChunkBuffers
+) -> tuple[RowStatistics, Tensor]:
     """(this shard's RowStatistics, exp(z - max) in a buffer). Overwrites z."""
     column, inside = local_columns(target, weight, start)
     target_logit = z.gather(1, column).masked_fill_(~inside, 0.0).squeeze(1)
@@ -93,7 +95,8 @@ def forward(
     results = (whole.logprob, whole.entropy, whole.logsumexp)
     if rows is None:
         return results
-    return tuple(hidden.new_zeros(target.shape, dtype=r.dtype).index_copy_(0, rows, r) for r in results)
+    logprob, entropy, logsumexp = (torch.zeros(target.shape, dtype=r.dtype).index_copy_(0, rows, r) for r in results)
+    return logprob, entropy, logsumexp
 
 
 def backward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -150,10 +150,8 @@ def _policy_loss_head(
 
 
 @_policy_loss_head.register_fake
-def _(
-    hidden, weight, target, old_logprob, advantage, row_weight, ref_logprob, clip_low, clip_high, kl_coef, temperature,
-    group, need_hidden, need_weight, backend,
-):  # fmt: skip
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, need_hidden, need_weight, _ = rest
     dtype, rows = accumulation_dtype(hidden.dtype), hidden.shape[0]
     return (
         hidden.new_empty((), dtype=dtype),
@@ -164,7 +162,7 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, *_ = inputs
     *_, grad_hidden, grad_weight = output
     ctx.dtype = weight.dtype
@@ -173,7 +171,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 13
     if grad_loss is None:
         return None, None, *nothing

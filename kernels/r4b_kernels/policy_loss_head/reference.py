@@ -24,7 +24,10 @@ class Rows(NamedTuple):
     ref_logprob: Tensor | None
 
     def at(self, index: Tensor) -> Rows:
-        return Rows(*(None if value is None else value[index] for value in self))
+        ref_logprob = None if self.ref_logprob is None else self.ref_logprob[index]
+        rows = self.target, self.old_logprob, self.advantage, self.row_weight
+        target, old_logprob, advantage, row_weight = (value[index] for value in rows)
+        return Rows(target, old_logprob, advantage, row_weight, ref_logprob)
 
     @property
     def has_loss(self) -> Tensor:

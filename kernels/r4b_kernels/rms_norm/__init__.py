@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None) -> tup
 
 
 @_rms_norm.register_fake
-def _(x, weight, eps, backend):
+def _(x: Tensor, weight: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=accumulation_dtype(x.dtype))
 
@@ -55,18 +57,18 @@ def _rms_norm_backward(
 
 
 @_rms_norm_backward.register_fake
-def _(grad, x, weight, rstd, backend):
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
     grad_x, grad_weight = _rms_norm_backward(grad, *ctx.saved_tensors, ctx.backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def _swiglu(gate_up: Tensor, backend: str | None) -> Tensor:
 
 
 @_swiglu.register_fake
-def _(gate_up, backend):
+def _(gate_up: Tensor, backend: str | None) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
@@ -51,16 +53,16 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, backend: str | None) -> Tens
 
 
 @_swiglu_backward.register_fake
-def _(grad, gate_up, backend):
+def _(grad: Tensor, gate_up: Tensor, backend: str | None) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate_up, ctx.backend = inputs
     ctx.save_for_backward(gate_up)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _swiglu_backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 

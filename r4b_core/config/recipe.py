@@ -20,6 +20,7 @@ class ModelConfig(Settings):
     size: str = "toy"
     shape: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    init_from: str | None = Field(None, description="a run folder or checkpoint whose weights the run starts from")
 
 
 class DataConfig(Settings):

@@ -16,8 +16,7 @@ from r4b_core.parallel import checkpoint
 from r4b_core.parallel import runtime as parallel_runtime
 from r4b_core.parallel.runtime import Runtime
 from r4b_core.rollout.engine import EmbeddedEngine
-
-NEWEST_FIRST = ("bpo", "anneal", "pretrain")
+from r4b_core.telemetry.locate import locate
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,3 @@ def trained_model(run_or_checkpoint: Path) -> Iterator[Trained]:
         yield Trained(recipe, runtime, tokenizer, model, engine, path)
     finally:
         runtime.stop()
-
-
-def locate(path: Path) -> tuple[Path, Path]:
-    """(checkpoint folder, recipe file) for a run folder or a checkpoint within one."""
-    if (path / "recipe.resolved.yaml").is_file():
-        for stage in NEWEST_FIRST:
-            if found := checkpoint.latest(path / "checkpoints" / stage):
-                return found, path / "recipe.resolved.yaml"
-        raise ValueError(f"{path}: no complete checkpoint yet; train it with: r4b train --run {path}")
-    recipe = path.parent.parent.parent / "recipe.resolved.yaml"
-    if path.is_dir() and recipe.is_file():
-        return path, recipe
-    raise ValueError(f"{path}: neither a run folder nor a checkpoint in one (RUN/checkpoints/STAGE/step_*)")

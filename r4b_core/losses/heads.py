@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from r4b_kernels import linear_logprob, policy_loss_head
 from torch import Tensor
 
 from r4b_core.config.recipe import BpoConfig
@@ -17,6 +16,7 @@ from r4b_core.data.batch import LossRows, PackedBatch
 from r4b_core.losses.policy import policy_loss, sequence_log_ratio
 from r4b_core.models.r4b.model import R4BModel
 from r4b_core.models.streams import context_chunk
+from r4b_kernels import linear_logprob, policy_loss_head
 
 HeadOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 

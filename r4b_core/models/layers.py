@@ -17,11 +17,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from r4b_kernels import qk_norm_mrope, rms_norm, swiglu
 from torch import Tensor, nn
 
 from r4b_core.models.streams import Stream
 from r4b_core.parallel.device import device
+from r4b_kernels import qk_norm_mrope, rms_norm, swiglu
 
 
 @dataclass
@@ -57,7 +57,12 @@ class DecoderAttention(SelfAttention):
     """Self-attention with per-head q/k norm and M-RoPE; what it attends to comes with the Stream."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Stream, **unused: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Stream,
+        **unused: object,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = split_qkv(self, hidden_states)
         query, key = qk_norm_mrope(
@@ -79,7 +84,12 @@ class VisionAttention(SelfAttention):
     """Bidirectional self-attention of the vision tower, without rope (SigLIP)."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Stream, **unused: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Stream,
+        **unused: object,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = split_qkv(self, hidden_states)
         out = packed_seq_params.attend(self.layer_number, query, key, value)
@@ -98,7 +108,11 @@ def split_qkv(attention: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, 
     mixed = mixed.view(mixed.shape[0], groups, per_group + 2, dim)
     query, key, value = mixed.split([per_group, 1, 1], dim=2)
     tokens = mixed.shape[0]
-    return query.reshape(tokens, groups * per_group, dim), key.reshape(tokens, groups, dim), value.reshape(tokens, groups, dim)
+    return (
+        query.reshape(tokens, groups * per_group, dim),
+        key.reshape(tokens, groups, dim),
+        value.reshape(tokens, groups, dim),
+    )
 
 
 class GatedMLP(MLP):
@@ -126,7 +140,9 @@ def _layer_spec(attention: type, mlp: type, norm: type, qk_norm: type | None) ->
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=mlp, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=mlp, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from r4b_kernels import prefix_attention, vision_attention
-from r4b_kernels.layout import PrefixLayout
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from r4b_kernels import prefix_attention, vision_attention
+from r4b_kernels.layout import PrefixLayout
 
 
 class Stream(Protocol):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from r4b_kernels import prefix_attention
 from r4b_kernels.layout import PrefixLayout
-from torch import Tensor
 
 
 @dataclass

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from r4b_kernels import scatter_vision
-from r4b_kernels.layout import PrefixLayout
 from torch import Tensor
 
 from r4b_core.data.encoding import EncodedPrompt
@@ -28,6 +26,8 @@ from r4b_core.rollout.cache import PrefillStream, PromptCache, ResponseCache
 from r4b_core.rollout.decode import DecodeLayers
 from r4b_core.rollout.sampling import draw
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
+from r4b_kernels import scatter_vision
+from r4b_kernels.layout import PrefixLayout
 
 _NOT_FORCED = -1
 
@@ -212,7 +212,9 @@ class _ContinuousBatch:
             if self.waiting and len(active.request) < self.engine.batch:
                 fresh, fresh_logits = self._admit(self.engine.batch - len(active.request))
                 logits = torch.cat([logits, fresh_logits])
-                active = _Active(*(torch.cat(pair) for pair in zip(vars(active).values(), vars(fresh).values(), strict=True)))
+                active = _Active(
+                    *(torch.cat(pair) for pair in zip(vars(active).values(), vars(fresh).values(), strict=True))
+                )
 
     def _admit(self, places: int) -> tuple[_Active, Tensor]:
         taken = [self.waiting.popleft() for _ in range(min(places, len(self.waiting)))]
@@ -263,9 +265,7 @@ class _ContinuousBatch:
         )
 
 
-def bimode_requests(
-    prompts: int, group_size: int, free: bool, seeds: Callable[[int, int], int]
-) -> list[Request]:
+def bimode_requests(prompts: int, group_size: int, free: bool, seeds: Callable[[int, int], int]) -> list[Request]:
     """2g requests per prompt: g thinking then g direct (BPO), or 2g whose mode is free (GRPO).
 
     ``seeds(prompt, k)`` gives each its own.

@@ -26,16 +26,16 @@ def generate_groups(
     mine = runtime.dp_rank * runtime.cp + runtime.cp_rank
     chosen = [i for i in range(len(prompts)) if i % shares == mine]
     place = {prompt: row for row, prompt in enumerate(chosen)}
-    own = [dataclasses.replace(request, prompt=place[request.prompt]) for request in requests if request.prompt in place]
+    own = [
+        dataclasses.replace(request, prompt=place[request.prompt]) for request in requests if request.prompt in place
+    ]
     drawn = engine.generate([prompts[i] for i in chosen], own, params)
     by_rank = runtime.gather([dataclasses.asdict(rollout) for rollout in drawn], runtime.dp_cp_group)
     queues = [iter(rows) for rows in by_rank]
     # The group's ranks come in data-parallel order with context ranks side by side or not; find each one's share.
     order = runtime.gather(mine, runtime.dp_cp_group)
     source = {share: queues[position] for position, share in enumerate(order)}
-    groups = [
-        Group(sample, prompt.tokens.tolist()) for sample, prompt in zip(samples, prompts, strict=True)
-    ]
+    groups = [Group(sample, prompt.tokens.tolist()) for sample, prompt in zip(samples, prompts, strict=True)]
     for request in requests:
         groups[request.prompt].rollouts.append(_restore(next(source[request.prompt % shares])))
     return groups

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from r4b_kernels import group_advantage
 
 from r4b_core.config.recipe import BpoConfig
 from r4b_core.data.batch import PackedBatch
@@ -31,6 +30,7 @@ from r4b_core.rollout.types import Group, Request, SamplingParams
 from r4b_core.stages.anneal import packing
 from r4b_core.stages.job import Job, Stage, mean_metrics
 from r4b_core.telemetry.bimode import bimode_metrics, probe_metrics
+from r4b_kernels import group_advantage
 
 ROLLOUT_STREAM, PROBE_STREAM = 1, 2
 RESAMPLE_ROUNDS = 3
@@ -159,9 +159,7 @@ def pack(job: Job, groups: list[Group], prompts: list[EncodedPrompt]) -> list[Pa
         for rollout, weight, share in rows
     )
     grouped = [[next(responses) for _ in group.rollouts] for group in groups]
-    ranks = pack_groups_for_rl(
-        prompts, grouped, share_prefix=config.share_prefix, ranks=job.runtime.dp, **packing(job)
-    )
+    ranks = pack_groups_for_rl(prompts, grouped, share_prefix=config.share_prefix, ranks=job.runtime.dp, **packing(job))
     return ranks[job.runtime.dp_rank]
 
 
@@ -203,7 +201,9 @@ def probe(job: Job, engine: EmbeddedEngine, reward: AnswerReward, step: int) -> 
         "held_out", job.recipe.seed, "probe", 0, config.probe_prompts, config.mix, config=job.recipe.data
     )
     prompts = [encode_prompt(job.tokenizer, sample) for sample in samples]
-    requests = [Request(i, Mode.AUTO, request_seed(job.recipe.seed, PROBE_STREAM, step, i)) for i in range(len(prompts))]
+    requests = [
+        Request(i, Mode.AUTO, request_seed(job.recipe.seed, PROBE_STREAM, step, i)) for i in range(len(prompts))
+    ]
     params = SamplingParams(config.max_new_tokens, temperature=0.0)
     with job.run.timeline("evaluate"):
         groups = generate_groups(engine, job.runtime, samples, prompts, requests, params)

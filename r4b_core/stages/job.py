@@ -6,7 +6,6 @@ import gc
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +17,8 @@ from r4b_core.models.r4b.model import R4BModel, build_model
 from r4b_core.parallel import checkpoint
 from r4b_core.parallel.learner import Learner, StepResult
 from r4b_core.parallel.runtime import Runtime
+from r4b_core.telemetry.locate import STAGES, ResumePoint, checkpoints, locate
 from r4b_core.telemetry.run import RunFolder
-
-STAGES = ("pretrain", "anneal", "bpo")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,24 +47,6 @@ class StopSignal:
         self.requested = True
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """The newest complete checkpoint of a run."""
-
-    stage: str
-    step: int
-    path: Path
-
-
-def find_resume_point(run: Path) -> ResumePoint | None:
-    """The newest complete checkpoint: of the last stage that has one."""
-    for stage in reversed(STAGES):
-        path = checkpoint.latest(run / "checkpoints" / stage)
-        if path is not None:
-            return ResumePoint(stage, checkpoint.read_state(path)["step"], path)
-    return None
-
-
 class Job:
     """One run of a recipe on this rank.
 
@@ -81,6 +61,9 @@ class Job:
         self.recipe, self.runtime, self.run, self.stop, self.resume = recipe, runtime, run, stop, resume
         self.tokenizer = ToyTokenizer()
         self.model = self.new_model()
+        if recipe.model.init_from is not None and resume is None:
+            path, _ = locate(Path(recipe.model.init_from))
+            checkpoint.load_weights(path, [self.model])
         self.fingerprint = fingerprint(recipe.data, "train")
 
     def new_model(self) -> R4BModel:
@@ -91,7 +74,7 @@ class Job:
         return self.resume is not None and STAGES.index(self.resume.stage) > STAGES.index(stage)
 
     def checkpoints(self, stage: str) -> Path:
-        return self.run.path / "checkpoints" / stage
+        return checkpoints(self.run.path, stage)
 
     def begin(self, stage: str, optim: OptimConfig, steps: int, freeze: Sequence[str] = ()) -> Stage:
         """A learner on a copy of the current weights, at the step where the stage stopped or at its start."""

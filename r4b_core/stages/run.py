@@ -17,8 +17,9 @@ from r4b_core.parallel import runtime as parallel_runtime
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.stages.anneal import anneal, pretrain
 from r4b_core.stages.bpo import bpo
-from r4b_core.stages.job import Job, StopSignal, find_resume_point
+from r4b_core.stages.job import Job, StopSignal
 from r4b_core.telemetry.files import write_atomic
+from r4b_core.telemetry.locate import find_resume_point
 from r4b_core.telemetry.report import write_report
 from r4b_core.telemetry.run import RunFolder
 
@@ -41,7 +42,9 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
     recipe, run_dir = resolved.recipe, Path(run_dir)
     point = find_resume_point(run_dir)
     if point is not None and resume == "never":
-        raise ValueError(f"--run {run_dir}: holds a run (checkpoint {point.path.name}); give a new folder or --resume auto")
+        raise ValueError(
+            f"--run {run_dir}: holds a run (checkpoint {point.path.name}); give a new folder or --resume auto"
+        )
     ranks = parallel_runtime.start(recipe.parallel, seed=recipe.seed)
     try:
         with StopSignal() as stop, RunFolder(run_dir, active=ranks.is_main) as run:
@@ -73,11 +76,15 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
 def evaluate_once(job: Job, name: str, clock: Clock) -> dict[str, Any]:
     """Evaluate the current weights, or read what an earlier start of this run found."""
     path = job.run.path / "evaluations" / f"{name}.json"
-    known = job.runtime.broadcast_object(json.loads(path.read_text()) if job.runtime.is_main and path.exists() else None)
+    known = job.runtime.broadcast_object(
+        json.loads(path.read_text()) if job.runtime.is_main and path.exists() else None
+    )
     if known is not None and job.resume is not None:
         return known
     with clock("evaluate"), job.run.timeline("evaluate"):
-        engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch)
+        engine = EmbeddedEngine(
+            job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch
+        )
         evaluation = evaluate(job.recipe, job.runtime, job.tokenizer, engine)
     stage, step = ("anneal", job.recipe.anneal.steps) if name == "before_bpo" else ("bpo", job.recipe.bpo.steps)
     job.run.metrics.log(stage, step, evaluation.metrics())

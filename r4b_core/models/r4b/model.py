@@ -10,7 +10,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from r4b_kernels import scatter_vision
 from torch import Tensor, nn
 
 from r4b_core.config.recipe import ModelConfig, ParallelConfig
@@ -21,6 +20,7 @@ from r4b_core.models.r4b.config import R4BConfig, decoder_settings, resolve
 from r4b_core.models.r4b.vision import Projector, VisionTower
 from r4b_core.models.streams import PackedStream, Stream, context_chunk
 from r4b_core.parallel.device import device
+from r4b_kernels import scatter_vision
 
 
 class R4BModel(LanguageModule):
@@ -35,7 +35,9 @@ class R4BModel(LanguageModule):
         if self.pre_process:
             self.vision = VisionTower(config, parallel, dtype)
             self.projector = Projector(config, parallel, dtype)
-            self.image_newline = nn.Parameter(torch.empty(config.hidden_size, dtype=self.config.params_dtype, device=device()))
+            self.image_newline = nn.Parameter(
+                torch.empty(config.hidden_size, dtype=self.config.params_dtype, device=device())
+            )
             # Images are scattered into the whole stream, so sequence parallelism splits it only afterwards.
             self.embedding = LanguageModelEmbedding(
                 self.config, config.vocab_size, 0, position_embedding_type="rope", scatter_to_sequence_parallel=False
@@ -113,7 +115,11 @@ class R4BModel(LanguageModule):
 
     def head_weight(self) -> Tensor:
         """This rank's shard [V / tp, H] of the head (the embedding table where tied); last stage only."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
     def head_group(self) -> torch.distributed.ProcessGroup | None:
         """The group over which the vocabulary is split, or None."""

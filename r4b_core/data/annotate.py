@@ -57,10 +57,15 @@ def annotate(samples: Sequence[Sample], tries: Sequence[Sequence[str]], judge: J
         ValueError: if a sample has no tries.
     """
     annotated = []
+    judged: dict[tuple[str, str], float] = {}
     for sample, responses in zip(samples, tries, strict=True):
         if not responses:
             raise ValueError(f"sample {sample.id!r} has no tries: the objective rule needs at least one")
-        right = sum(judge(response, sample.answer) > 0.5 for response in responses)
+        right = 0
+        for pair in ((response, sample.answer) for response in responses):
+            if pair not in judged:
+                judged[pair] = judge(*pair)
+            right += judged[pair] > 0.5
         mode = objective_rule(right)
         pass_rate = right / len(responses)
         annotated.append(replace(sample, mode=mode, pass_rate=pass_rate, response=write(sample, mode)))

@@ -128,7 +128,7 @@ def pack_alignment(
 ) -> list[PackedBatch]:
     """Pack bare images, one segment each; every image token has three loss rows: its digit, its colour, its position.
 
-    A stand-in for R-4B's pre-training: each visual token learns to say what it shows and where. Sequences are the images.
+    A stand-in for R-4B's pre-training: each visual token learns to say what it shows and where. Sequences are images.
 
     Raises:
         ValueError: if an image exceeds the capacity, or capacity, multiple and pad_to disagree.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ class Quarantine:
     """Appends one JSON line {id, reason, detail} per record to ``quarantine.jsonl``.
 
     A record that the file already holds for the same reason (a resumed run meets its records again) is counted but not
-    written twice. A last line cut short by a crash is completed by a line end and ignored.
+    written twice. A last line cut short by a crash is cut off: its record will come again.
 
     Attributes:
         path: the file; it comes into being with the first record.
@@ -22,7 +23,6 @@ class Quarantine:
         self.path = Path(path)
         self.counts: Counter[str] = Counter()
         self._known: set[tuple[str, str]] = set()
-        self._torn = False
         if self.path.exists():
             self._read()
 
@@ -35,25 +35,21 @@ class Quarantine:
         line = json.dumps({"id": sample_id, "reason": reason, "detail": detail}, ensure_ascii=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._torn else "") + line + "\n")
-        self._torn = False
+            file.write(line + "\n")
 
     def __len__(self) -> int:
         return len(self._known)
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        self._torn = bool(text) and not text.endswith("\n")
-        lines = text.split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 record = json.loads(line)
                 key = (str(record["id"]), str(record["reason"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                if number == len(lines):
-                    continue
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}: line {number} is no quarantine record ({error}): move the file away"
                 ) from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from r4b_core.modes import THINK_CLOSE, THINK_OPEN, TURN_END
 
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_ANSWER_OPEN, _ANSWER_CLOSE = "<answer>", "</answer>"
 _BOXED = "\\boxed{"
 
 
@@ -31,20 +30,22 @@ def extract_answer(response: str) -> Extraction:
     text = after.partition(TURN_END)[0]
     if THINK_CLOSE in text or THINK_OPEN in text:
         return Extraction(None, "no answer: a second reasoning block")
-    if blocks := _ANSWER_TAG.findall(text):
-        text = blocks[-1]
+    before, tag, _ = text.rpartition(_ANSWER_CLOSE)
+    if tag and _ANSWER_OPEN in before:
+        text = before.rpartition(_ANSWER_OPEN)[2]
     text = (last_boxed(text) or text).strip()
     return Extraction(text) if text else Extraction(None, "no answer: nothing after the reasoning")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` whose braces balance; of nested boxes the innermost."""
-    start = text.rfind(_BOXED)
-    while start >= 0:
-        depth, begin = 1, start + len(_BOXED)
-        for index in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if depth == 0:
-                return text[begin:index]
-        start = text.rfind(_BOXED, 0, start)
-    return None
+    """Content of the last ``\\boxed{...}`` whose braces balance; of nested boxes the innermost. Linear in the text."""
+    open_braces: list[int] = []
+    found: tuple[int, int] | None = None
+    for index, character in enumerate(text):
+        if character == "{":
+            open_braces.append(index)
+        elif character == "}" and open_braces:
+            begin = open_braces.pop() + 1
+            if text.endswith(_BOXED, 0, begin) and (found is None or begin > found[0]):
+                found = (begin, index)
+    return text[found[0] : found[1]] if found else None

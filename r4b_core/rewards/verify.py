@@ -26,7 +26,7 @@ _WORKER = Path(__file__).with_name("worker.py")
 _MAX_CHARACTERS = 2000
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 _WORDS = re.compile(r"[A-Za-z]+(?:[ -][A-Za-z]+)*")
-_SEVERAL_NUMBERS = re.compile(rf"{_NUMBER.pattern}(?:(?:[\s,;]|\bor\b|\band\b)+{_NUMBER.pattern})+")
+_SEVERAL_NUMBERS = re.compile(r"[+-]?[0-9][0-9.]*(?:(?:[\s,;]|or|and)+[+-]?[0-9][0-9.]*)+")
 _CHOICE = re.compile(r"\(?([A-Z])(?:[).:](?:\s.*)?)?", re.DOTALL)
 _STARTUP_S = 120.0
 

@@ -100,7 +100,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class RowWeights(NamedTuple):
-    """Per row [sum of lengths]: its weight in the loss, and its share of the denominator that the loss is divided by."""
+    """Per row [sum of lengths]: its weight in the loss, and its share of what the loss is divided by."""
 
     weight: Tensor
     share: Tensor

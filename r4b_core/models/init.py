@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, std: float, num_layers: int) -> None:
-    """Normal(0, std) for matrices (residual outputs scaled by 1/sqrt(2 * num_layers)), ones for norms, zeros for biases.
+    """Normal(0, std) for matrices (less for residual outputs), ones for norms, zeros for biases.
 
     Args:
         model: one pipeline stage; its layers carry their global ``layer_number``.
         seed: of the run.
-        std: standard deviation of matrices whose input is the hidden size; others are scaled by their fan-in.
-        num_layers: of the decoder, for the residual scale.
+        std: standard deviation; that of matrices which write to the residual is std / sqrt(2 * num_layers).
+        num_layers: of the decoder.
     """
     offsets = {
         name: module.layer_number - 1

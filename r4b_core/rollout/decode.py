@@ -58,7 +58,7 @@ class DecodeLayers:
 
 
 class _RopeTable:
-    """cos and sin [positions, 1, D/2], grown as positions come. Response tokens have equal positions on all three axes."""
+    """cos and sin [positions, 1, D/2], grown on demand. A response token has one position on all three axes."""
 
     def __init__(self, dim: int, theta: float) -> None:
         self.frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -19,7 +19,7 @@ from r4b_core.parallel.device import device
 
 
 class VisionTower(nn.Module):
-    """Patches [P, C] -> features [P, Hv]. The patch convolution is one linear; positions are learned, by row and column.
+    """Patches [P, C] -> features [P, Hv]. The patch convolution is one linear; positions are a learned table.
 
     LLaVA-OneVision takes the last layer's output before the tower's final norm, so there is none here.
     """

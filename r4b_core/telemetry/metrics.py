@@ -63,7 +63,7 @@ class Metrics:
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one line; it is in the operating system's hands when this returns, so a killed process loses nothing.
 
-        A value ``tokens`` (tokens processed in this step) yields ``perf/tokens_per_s`` where it is not given.
+        A value named ``alarm/...`` is a message that goes to the console and the report as an alarm. A value ``tokens`` (tokens processed in this step) yields ``perf/tokens_per_s`` where it is not given.
         Log step k before its checkpoint is saved: a resumed run begins after the lines of step k.
 
         Raises:
@@ -79,6 +79,9 @@ class Metrics:
         self._write(stage, step, record | timing)
         for logger in self.loggers:
             logger.log(stage, step, record | timing)
+            for name, value in record.items():
+                if name.startswith("alarm/"):
+                    logger.alarm(stage, step, str(value))
         for alarm in self._alarms.update(stage, step, record):
             self._write(stage, step, {f"alarm/{alarm.name}": alarm.message})
             for logger in self.loggers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal
 
 from r4b_core.modes import Mode
@@ -18,6 +19,7 @@ Record = Mapping[str, Any]
 MAX_POINTS = 600
 MAX_BARS = 50
 NEGLIGIBLE = 0.002
+OUTLIER = 3.0
 DIFFICULTY_COLORS = 6
 DIFFICULTY_ORDER = ("easy", "direct", "mid", "medium", "hard")
 DASHES = ("dot", "dashdot", "dash", "solid", "longdash", "longdashdot")
@@ -41,7 +43,10 @@ class Series:
 
 @dataclass
 class Panel:
-    """One plot. ``kind``: lines, bars (side by side), stack (over steps), rows (stacked, lying)."""
+    """One plot. ``kind``: lines, bars (side by side), stack (over steps), rows (stacked, lying).
+
+    ``cut``: where the y axis ends although some bars are higher.
+    """
 
     title: str
     kind: Literal["lines", "bars", "stack", "rows"]
@@ -52,6 +57,7 @@ class Panel:
     percent: bool = False
     wide: bool = False
     tall: bool = False
+    cut: float | None = None
 
 
 @dataclass
@@ -247,7 +253,12 @@ def time_section(records: Sequence[Record], summary: Mapping[str, Any] | None) -
         floor = NEGLIGIBLE * sum(totals[stage].values())  # a sliver is invisible and only crowds the legend
         layers = [Series(phase, x, y, f"phase-{phase}") for phase, (x, y) in phases if totals[stage][phase] > floor]
         if layers and len(layers[0].x) > 1:
-            section.panels.append(Panel(f"{stage}: seconds per step", "stack", layers, "step", "seconds"))
+            heights = [sum(values) for values in zip(*(layer.y for layer in layers), strict=True)]
+            limit = OUTLIER * median(heights)
+            cut = limit if max(heights) > limit > 0 else None
+            note = f"Bars above {limit:.3g} s are cut off (evaluation, checkpoints)." if cut else ""
+            panel = Panel(f"{stage}: seconds per step", "stack", layers, "step", "seconds", note=note, cut=cut)
+            section.panels.append(panel)
     return section
 
 
@@ -293,7 +304,7 @@ def _steps(records: Sequence[Record], stage: str) -> list[int]:
     return sorted({r["step"] for r in records if r["stage"] == stage and any(k.startswith("timing_s/") for k in r)})
 
 
-def _binned(seconds: Mapping[int, float], steps: Sequence[int]) -> tuple[list[int], list[float | None]]:
+def _binned(seconds: Mapping[int, float], steps: Sequence[int]) -> tuple[list[int], list[float]]:
     """Mean seconds per step over bins of equally many steps; x is each bin's middle step."""
     size = max(1, math.ceil(len(steps) / MAX_BARS))
     bins = [steps[i : i + size] for i in range(0, len(steps), size)]

@@ -15,7 +15,7 @@ import pytest
 from r4b_core.config.recipe import Recipe
 from r4b_core.rollout.types import Group
 from r4b_core.telemetry.hero import hero_figure
-from r4b_core.telemetry.panels import series_of, smoothed, thin
+from r4b_core.telemetry.panels import series_of, smoothed, thin, time_section
 from r4b_core.telemetry.report import script_json, write_report
 from r4b_core.telemetry.run import RunFolder
 from r4b_core.telemetry.viewer import collect_groups, select, spread
@@ -205,6 +205,13 @@ def test_series_keep_gaps_and_ends() -> None:
     assert x[0] == 0 and x[-1] == 1000 and len(x) <= 102 and y == [float(i) for i in x]
     faint, strong = smoothed("loss", list(range(40)), [float(40 - i) for i in range(40)], "auto")
     assert faint.faint and strong.y == pytest.approx(faint.y), "a straight line is its own running mean, ends included"
+
+
+def test_one_long_step_does_not_flatten_the_others() -> None:
+    records = [{"stage": "bpo", "step": s, "timing_s/update": 9.0 if s == 5 else 0.1} for s in range(1, 21)]
+    panel = time_section(records, None).panels[-1]
+    assert panel.cut == pytest.approx(0.3) and "0.3 s" in panel.note
+    assert time_section(records[:4], None).panels[-1].cut is None
 
 
 def test_hero_figure_is_svg_with_one_curve_per_difficulty(finished_run: Path, tmp_path: Path) -> None:

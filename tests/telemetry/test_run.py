@@ -119,6 +119,29 @@ def test_the_thinking_band_comes_from_the_recipe(tmp_path: Path) -> None:
     assert alarm["step"] == 3
 
 
+def test_alarms_reach_every_logger(tmp_path: Path) -> None:
+    class Ear:
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def log(self, stage: str, step: int, values: object) -> None:
+            pass
+
+        def alarm(self, stage: str, step: int, message: str) -> None:
+            self.heard.append(f"{stage} {step} {message[:9]}")
+
+        def close(self) -> None:
+            pass
+
+    ear = Ear()
+    with quiet(tmp_path / "run") as run:
+        run.start(Recipe(name="a"))
+        run.metrics.loggers.append(ear)
+        run.metrics.log("bpo", 1, {"alarm/checkpoint": "disk full"})
+        run.metrics.log("bpo", 2, {"loss": float("nan")})
+    assert ear.heard == ["bpo 1 disk full", "bpo 2 loss is n"]
+
+
 def test_write_atomic_never_leaves_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_atomic(path, "old")

@@ -16,7 +16,7 @@
     }, extra);
   }
 
-  function trace(panel, series) {
+  function trace(panel, series, width) {
     var paint = colors(series.color);
     var number = panel.percent ? ".1%" : ".4~g";
     var made = {name: series.name, x: series.x, y: series.y};
@@ -35,7 +35,7 @@
       made.marker.pattern = series.hatched ? {shape: "/", size: 5, solidity: 0.35} : {};
       made.text = series.y.map(function (value) { return panel.percent ? String(Math.round(100 * value)) : value.toFixed(1); });
       made.textposition = "outside";
-      made.textfont = {size: 11};
+      made.textfont = {size: width < 420 ? 8.5 : 11};
       made.textangle = 0;
       made.constraintext = "none";
       made.cliponaxis = false;
@@ -67,6 +67,7 @@
       made.xaxis.title.text = panel.x_title;
       made.yaxis = axis("", {autorange: "reversed", showgrid: false});
     }
+    if (panel.cut !== null) { made.yaxis.range = [0, panel.cut]; }
     if (panel.percent) {
       made.yaxis.tickformat = ".0%";
       made.yaxis.range = panel.kind === "bars" ? [0, 1.14] : [-0.04, 1.04];
@@ -78,7 +79,7 @@
   function draw() {
     document.querySelectorAll(".plot").forEach(function (place) {
       var panel = data.panels[Number(place.dataset.panel)];
-      var traces = panel.series.map(function (series) { return trace(panel, series); });
+      var traces = panel.series.map(function (series) { return trace(panel, series, place.clientWidth); });
       Plotly.react(place, traces, layout(panel), {displayModeBar: false, responsive: true});
     });
   }

@@ -1,13 +1,14 @@
 """`r4b bench`: measure kernels, trainer or rollouts, after their own tests have passed.
 
-A benchmark is a pytest-benchmark case. What its clock does not know stands in ``extra_info``:
+A benchmark is a pytest-benchmark case. What its clock does not know stands in ``extra_info``, all times in seconds:
 
-===============  =======================================================================================
-``device_us``    median device time (CUDA events), microseconds; the host's median counts where it is absent
-``floor_us``     the least time the hardware allows, from bytes and FLOPs, microseconds
-``rivals``       name -> median microseconds of another way to compute the same
-``skipped``      name -> why a rival was not measured
-===============  =======================================================================================
+==================  ====================================================================================
+``device_seconds``  median device time (CUDA events); counts before the two below
+``ours``            our time, taken in turns with the rivals; without it pytest-benchmark's median counts
+``floor_seconds``   the least time the machine allows for the case's bytes and FLOPs
+``rivals``          name -> time of another way to compute the same
+``skipped``         name -> why a rival was not measured
+==================  ====================================================================================
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class What(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. Times are microseconds."""
+    """One measured case. Times are seconds."""
 
     name: str
-    median: float
+    ours: float
     floor: float | None = None
     rivals: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -57,23 +58,25 @@ def bench(
     """Measure against the floor and the rivals. A kernel is measured only if its committed tests pass."""
     from r4b_core.cli.output import console, say
 
-    files = find_benchmarks(what, names or [])
-    refused = []
-    if what is What.kernels:
-        for file in list(files):
-            if reason := gate(file.stem, changed_tests):
-                say(f"{file.stem}: not measured, {reason}")
-                refused.append(file.stem)
-                files.remove(file)
-    if files:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = output or Path(scratch, "benchmark.json")
-            code = _pytest([*map(str, files), f"--benchmark-json={path}", "-q", "--benchmark-disable-gc"], show=True)
-            if path.is_file() and (measured := read_rows(json.loads(path.read_text(encoding="utf-8") or "{}"))):
-                console().print(table(measured))
-        if code:
-            refused.append("the benchmark run")
-    if refused:
+    failed = []
+    reports = []
+    for file in find_benchmarks(what, names or []):
+        if what is What.kernels and (reason := gate(file.stem, changed_tests)):
+            say(f"{file.stem}: not measured, {reason}")
+            failed.append(file.stem)
+            continue
+        say(f"{file.stem}: measuring")
+        report, log = measure(file)
+        if log:
+            say(log)
+            failed.append(file.stem)
+        reports.append(report)
+    if rows := [row for report in reports for row in read_rows(report)]:
+        console().print(table(rows))
+    if output is not None and reports:
+        merged = {**reports[0], "benchmarks": [case for report in reports for case in report.get("benchmarks", [])]}
+        output.write_text(json.dumps(merged, indent=2), encoding="utf-8")
+    if failed:
         raise typer.Exit(1)
 
 
@@ -101,7 +104,7 @@ def gate(op: str, changed_tests: bool) -> str | None:
         return f"it has no {test.relative_to(ROOT)}"
     if not changed_tests and _differs_from_commit(test):
         return f"{test.relative_to(ROOT)} differs from the last commit (--changed-tests accepts that)"
-    if _pytest([str(test), "-q", "-x", "--benchmark-disable"], show=False):
+    if _pytest(str(test), "-q", "-x", "--benchmark-disable").returncode:
         return f"its tests fail: pytest {test.relative_to(ROOT)}"
     return None
 
@@ -115,9 +118,18 @@ def _differs_from_commit(path: Path) -> bool:
     return bool(done.stdout.strip())
 
 
-def _pytest(arguments: list[str], *, show: bool) -> int:
+def measure(file: Path) -> tuple[dict[str, Any], str]:
+    """Run one benchmark file: pytest-benchmark's report, and pytest's output where it failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "report.json")
+        done = _pytest(str(file), "-q", "--benchmark-disable-gc", f"--benchmark-json={path}")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return json.loads(text or "{}"), done.stdout if done.returncode else ""
+
+
+def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, stdout=None if show else subprocess.DEVNULL, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def read_rows(report: dict[str, Any]) -> list[Row]:
@@ -125,31 +137,31 @@ def read_rows(report: dict[str, Any]) -> list[Row]:
     rows = []
     for case in report.get("benchmarks", []):
         extra = case.get("extra_info", {})
-        median = extra.get("device_us") or case["stats"]["median"] * 1e6
+        ours = extra.get("device_seconds") or extra.get("ours") or case["stats"]["median"]
         rows.append(
-            Row(case["name"], median, extra.get("floor_us"), extra.get("rivals") or {}, extra.get("skipped") or {})
+            Row(case["name"], ours, extra.get("floor_seconds"), extra.get("rivals") or {}, extra.get("skipped") or {})
         )
     return rows
 
 
 def table(rows: Sequence[Row]) -> Any:
-    """Median, share of the floor, and each rival's time over ours (above 1: we are faster)."""
+    """Our time, share of the floor reached, and each rival's time over ours (above 1: we are faster)."""
     from rich.markup import escape
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False)
     made.add_column("case", no_wrap=True)
-    for column in ("median us", "floor us", "floor/median"):
+    for column in ("ours us", "floor us", "floor/ours"):
         made.add_column(column, justify="right")
     made.add_column("rivals: us (rival/ours)")
     for row in rows:
-        rivals = [f"{name} {time:.1f} ({time / row.median:.2f}x)" for name, time in row.rivals.items()]
+        rivals = [f"{name} {time * 1e6:.1f} ({time / row.ours:.2f}x)" for name, time in row.rivals.items()]
         rivals += [f"{name}: {reason}" for name, reason in row.skipped.items()]
         made.add_row(
             escape(row.name),
-            f"{row.median:.1f}",
-            "-" if row.floor is None else f"{row.floor:.1f}",
-            "-" if row.floor is None else f"{row.floor / row.median:.2f}",
+            f"{row.ours * 1e6:.1f}",
+            "-" if row.floor is None else f"{row.floor * 1e6:.1f}",
+            "-" if row.floor is None else f"{row.floor / row.ours:.2f}",
             escape(", ".join(rivals)) or "-",
         )
     return made

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from r4b_core.cli import bench
 from r4b_core.cli.bench import Row, What, find_benchmarks, gate, read_rows, table
+from r4b_core.cli.main import app
 
 
 @pytest.fixture
@@ -55,17 +58,32 @@ def test_gate_stays_shut_for_changed_missing_and_failing_tests(checkout: Path) -
     assert "it has no tests/kernels/test_other.py" in (gate("other", changed_tests=False) or "")
 
 
-def test_rows_prefer_device_time() -> None:
+def test_measures_and_keeps_the_report(checkout: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "kernels", "add", "--json", str(checkout / "out.json")])
+    assert result.exit_code == 0, result.output
+    assert [case["name"] for case in json.loads((checkout / "out.json").read_text())["benchmarks"]] == ["test_add"]
+    assert any(line.startswith("test_add ") for line in result.output.splitlines())
+
+
+def test_a_benchmark_that_fails_is_exit_1_with_its_output(checkout: Path) -> None:
+    (checkout / "benchmarks/kernels/add.py").write_text(
+        "def test_add(benchmark):\n    raise RuntimeError('broken so')\n"
+    )
+    result = CliRunner().invoke(app, ["bench", "kernels", "add"])
+    assert result.exit_code == 1 and "broken so" in result.output
+
+
+def test_rows_prefer_device_time_then_turns_then_the_median() -> None:
+    def case(**extra: object) -> dict[str, object]:
+        return {"name": "a", "stats": {"median": 3.0}, "extra_info": extra}
+
     report = {
-        "benchmarks": [
-            {"name": "a", "stats": {"median": 2e-3}, "extra_info": {"device_us": 10.0, "floor_us": 5.0}},
-            {"name": "b", "stats": {"median": 2e-3}, "extra_info": {"rivals": {"torch": 4000.0}}},
-        ]
+        "benchmarks": [case(device_seconds=1.0, ours=2.0), case(ours=2.0, floor_seconds=0.5), case(rivals={"t": 6.0})]
     }
-    assert read_rows(report) == [Row("a", 10.0, 5.0), Row("b", 2000.0, None, {"torch": 4000.0})]
+    assert read_rows(report) == [Row("a", 1.0), Row("a", 2.0, 0.5), Row("a", 3.0, None, {"t": 6.0})]
 
 
 def test_table_gives_the_ratios() -> None:
-    made = table([Row("a", 10.0, 5.0, {"torch": 40.0}, {"flash-attn": "not installed"})])
+    made = table([Row("a", 1e-5, 5e-6, {"torch": 4e-5}, {"flash-attn": "not installed"})])
     cells = [list(column.cells)[0] for column in made.columns]
     assert cells == ["a", "10.0", "5.0", "0.50", "torch 40.0 (4.00x), flash-attn: not installed"]

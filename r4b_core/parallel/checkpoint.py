@@ -276,9 +276,7 @@ def _check_names(path: Path, template: dict[str, Any], *, weights_only: bool = F
         wanted.update(part)
     contents = sharded_files.read_metadata(path).state_dict_metadata
     found = {
-        name: list(entry.size)
-        for name, entry in contents.items()
-        if not (weights_only and name.startswith(_OPTIMIZER))
+        name: list(entry.size) for name, entry in contents.items() if not (weights_only and name.startswith(_OPTIMIZER))
     }
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     misshapen = [

@@ -35,9 +35,7 @@ def restore(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_tensor(state["torch"]))
     device.set_rng_state(_tensor(state["device"]))
-    tensor_parallel.get_cuda_rng_tracker().set_states(
-        {name: _tensor(text) for name, text in state["tracker"].items()}
-    )
+    tensor_parallel.get_cuda_rng_tracker().set_states({name: _tensor(text) for name, text in state["tracker"].items()})
 
 
 def _text(state: Tensor) -> str:

@@ -133,7 +133,7 @@ def check_layout(parallel: Layout, world: int) -> int:
 
 
 def start(parallel: Layout, *, seed: int, timeout_s: float | None = None) -> Runtime:
-    """Join the job (torchrun's, or a world of one that opens no port) and set up ``parallel``.
+    """Join the job (torchrun's, or a world of one where there is none) and set up ``parallel``.
 
     Args:
         parallel: sizes; checked before anything is started.
@@ -153,7 +153,7 @@ def start(parallel: Layout, *, seed: int, timeout_s: float | None = None) -> Run
     device.select_device(overlap=parallel.tp > 1)
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        # A world of one keeps its store in memory: no port is opened.
+        # A world of one keeps its store in memory: no port has to be agreed on or free.
         where: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
         dist.init_process_group(device.distributed_backend(), timeout=timeout, **where)
     parallel_state.initialize_model_parallel(

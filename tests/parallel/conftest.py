@@ -22,7 +22,7 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
 
 @pytest.fixture
 def make_learner(runtime: Runtime) -> Callable[..., Learner]:
-    """A learner of the toy with weights by name; keywords go to the toy's config, ``optim`` and ``learner`` elsewhere."""
+    """A learner of the toy with weights by name; ``learner`` are the Learner's options, the rest the toy's config."""
 
     def make(optim: Any = None, learner: dict[str, Any] | None = None, **config: Any) -> Learner:
         model = build_toy(Layout(distributed_optimizer=runtime.distributed_optimizer), **config)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from torch import Tensor
 
-import r4b_core.parallel  # noqa: F401  (before megatron)
 from r4b_core.parallel.learner import Learner, LossFn
 from r4b_core.parallel.runtime import Runtime, start
 
@@ -128,7 +127,7 @@ def measure(
     share: bool = True,
     optim: Any = None,
 ) -> Measured:
-    """Loss and gradients of one step in ``layout``. With ``share`` data-parallel ranks divide the batches among them."""
+    """Loss and gradients of one step in ``layout``. With ``share`` data-parallel ranks divide the batches."""
     runtime = start(replace(layout, distributed_optimizer=False), seed=1)
     try:
         model = build_model(layout)
@@ -163,7 +162,8 @@ def compare_layouts(
     worst = {}
     for name, layout in layouts.items():
         found = measure(layout, build_model, batches, loss_fn, fill=fill)
-        assert found.gradients.keys() == truth.gradients.keys(), (name, found.gradients.keys() ^ truth.gradients.keys())
+        strangers = found.gradients.keys() ^ truth.gradients.keys()
+        assert not strangers, f"{name} has other parameters: {strangers}"
         errors = {key: relative_error(found.gradients[key], value) for key, value in truth.gradients.items()}
         errors["loss"] = abs(found.loss - truth.loss) / abs(truth.loss)
         errors["grad_norm"] = abs(found.grad_norm - truth.grad_norm) / truth.grad_norm

@@ -177,7 +177,8 @@ def test_starting_again_leaks_no_descriptor(place: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "saved,loaded", [("tp2_sp", "dp2"), ("dp2", "pp2"), ("pp2", "tp2"), ("dp2", "dp2"), ("pp2", "pp2"), ("tp2_sp", "tp2_sp")]
+    "saved,loaded",
+    [("tp2_sp", "dp2"), ("dp2", "pp2"), ("pp2", "tp2"), ("dp2", "dp2"), ("pp2", "pp2"), ("tp2_sp", "tp2_sp")],
 )
 def test_a_checkpoint_continues_in_any_layout(place: Any, saved: str, loaded: str) -> None:
     batches, folder = toy_batches(4), SHARED / f"{saved}-{loaded}"

@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -40,8 +39,6 @@ path = checkpoint.latest(folder)
 first = checkpoint.load(path, learner)["step"] if path else 0
 print("from", first, flush=True)
 for step in range(first, steps):
-    if step == 3 and first == 0 and not every:
-        pass
     draws = (random.random(), numpy.random.rand(), torch.rand(1).item())
     result = learner.step(toy_batches(2, seed=int(draws[0] * 1e6)), toy_loss)
     print("step", step, result.loss.hex(), result.grad_norm.hex(), draws, flush=True)
@@ -57,25 +54,29 @@ def lines(text: str, word: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(word)]
 
 
-@pytest.mark.parametrize("kind", ["distributed", "whole"])
-def test_six_steps_equal_three_a_fresh_process_and_three(tmp_path: Path, kind: str) -> None:
-    straight = run_python(RUN, str(tmp_path / "a"), "6", "0", kind)
-    halves = [run_python(RUN, str(tmp_path / "b"), steps, "3", kind) for steps in ("6", "6")]
-    assert straight.returncode == 0 and not any(half.returncode for half in halves), straight.stderr + halves[1].stderr
-    assert lines(halves[0].stdout, "step") == lines(straight.stdout, "step")
-    shutil.rmtree(tmp_path / "b" / "step_00000006")
-    second = run_python(RUN, str(tmp_path / "b"), "6", "3", kind)
-    assert lines(second.stdout, "from") == ["from 3"]
-    assert lines(second.stdout, "step") == lines(straight.stdout, "step")[3:]
-    assert lines(second.stdout, "sum") == lines(straight.stdout, "sum")
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Six steps in one process that never saves."""
+    done = run_python(RUN, str(tmp_path_factory.mktemp("none")), "6", "0", "distributed")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_killed_anywhere_it_continues_bit_for_bit(tmp_path: Path) -> None:
-    straight = run_python(RUN, str(tmp_path / "a"), "8", "0", "distributed")
+def test_three_steps_a_fresh_process_and_three_equal_six(tmp_path: Path, straight: str) -> None:
+    first = run_python(RUN, str(tmp_path), "6", "3", "distributed")
+    assert lines(first.stdout, "step") == lines(straight, "step"), first.stderr
+    shutil.rmtree(tmp_path / "step_00000006")
+    second = run_python(RUN, str(tmp_path), "6", "3", "distributed")
+    assert lines(second.stdout, "from") == ["from 3"], second.stderr
+    assert lines(second.stdout, "step") == lines(straight, "step")[3:]
+    assert lines(second.stdout, "sum") == lines(straight, "sum")
+
+
+def test_killed_while_it_saves_it_continues_bit_for_bit(tmp_path: Path, straight: str) -> None:
     seen: dict[str, str] = {}
-    for wait in (2, 3, 4):
+    for steps_before_kill, delay in ((2, 0.004), (3, 0.03)):
         process = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path / "b"), "8", "1", "distributed"],
+            [sys.executable, "-c", RUN, str(tmp_path), "6", "1", "distributed"],
             env=environment(),
             stdout=subprocess.PIPE,
             text=True,
@@ -83,22 +84,34 @@ def test_killed_anywhere_it_continues_bit_for_bit(tmp_path: Path) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step"):
-                seen.setdefault(line.split()[1], line.strip())
-                assert seen[line.split()[1]] == line.strip()
-                wait -= 1
-            if wait == 0:
-                # Between this print and the next the save runs: the signal falls into it.
-                time.sleep(0.005)
-                process.send_signal(signal.SIGKILL)
+                assert seen.setdefault(line.split()[1], line.strip()) == line.strip()
+                steps_before_kill -= 1
+            if steps_before_kill == 0:
+                # The step was printed and its save has begun: the signal falls into it, or just behind.
+                time.sleep(delay)
+                process.kill()
                 break
         process.stdout.close()
         process.wait()
-    last = run_python(RUN, str(tmp_path / "b"), "8", "1", "distributed")
+    last = run_python(RUN, str(tmp_path), "6", "1", "distributed")
     for line in lines(last.stdout, "step"):
-        seen.setdefault(line.split()[1], line)
-    assert list(seen.values()) == lines(straight.stdout, "step")
-    assert lines(last.stdout, "sum") == lines(straight.stdout, "sum")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["step_00000007", "step_00000008"]
+        assert seen.setdefault(line.split()[1], line) == line
+    assert list(seen.values()) == lines(straight, "step"), last.stderr
+    assert lines(last.stdout, "sum") == lines(straight, "sum")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000005", "step_00000006"]
+
+
+@pytest.mark.parametrize("runtime", [Layout(), Layout(distributed_optimizer=False)], indirect=True)
+def test_a_fresh_learner_continues_bit_for_bit(make_learner: Callable, runtime: Runtime, tmp_path: Path) -> None:
+    learner = make_learner(hidden_dropout=0.1)
+    learner.step(toy_batches(2), toy_loss)
+    path = checkpoint.save(tmp_path, 1, learner, {})
+    expected = [learner.step(toy_batches(2, seed), toy_loss) for seed in range(3)]
+    again = make_learner(hidden_dropout=0.1)
+    checkpoint.load(path, again)
+    assert [again.step(toy_batches(2, seed), toy_loss) for seed in range(3)] == expected
+    for one, other in zip(learner.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.fixture
@@ -233,23 +246,22 @@ def test_a_table_of_contents_cannot_point_outside(saved: tuple[Path, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    "config,words",
+    "theirs,ours,words",
     [
-        (dict(num_layers=4), "missing|of another shape"),
-        (dict(ffn_hidden_size=96), r"of another shape: .*linear_fc1\.weight \[2, 128, 32\] instead of \[2, 192, 32\]"),
-        (dict(qk_layernorm=False), r"extra: .*k_layernorm"),
-        (dict(add_qkv_bias=True), r"missing: .*linear_qkv\.bias"),
+        ({}, dict(num_layers=4), "of another shape"),
+        ({}, dict(ffn_hidden_size=96), r"linear_fc1\.weight \[2, 128, 32\] instead of \[2, 192, 32\]"),
+        (dict(add_qkv_bias=True), {}, r"extra: .*linear_qkv\.bias"),
+        ({}, dict(add_qkv_bias=True), r"missing: .*linear_qkv\.bias"),
     ],
 )
 def test_another_model_is_refused_with_the_names(
-    saved: tuple[Path, Any], make_learner: Callable, config: dict[str, Any], words: str
+    make_learner: Callable, tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], words: str
 ) -> None:
-    path, _ = saved
-    other = make_learner(**config)
-    with pytest.raises(CheckpointError, match=f"of another model.*{words}"):
-        checkpoint.load(path, other)
-    with pytest.raises(CheckpointError, match="of another model"):
-        checkpoint.load_weights(path, other.chunks)
+    path = checkpoint.save(tmp_path, 1, make_learner(**theirs), {})
+    other = make_learner(**ours)
+    for load in (lambda: checkpoint.load(path, other), lambda: checkpoint.load_weights(path, other.chunks)):
+        with pytest.raises(CheckpointError, match=f"of another model.*{words}"):
+            load()
 
 
 def test_weights_alone_ignore_the_optimizer(saved: tuple[Path, Any], runtime: Runtime) -> None:
@@ -300,9 +312,7 @@ def test_a_write_that_fails_leaves_nothing_and_training_goes_on(make_learner: Ca
 
 
 @pytest.mark.parametrize("name", ["publish", "write_json", "make_aside"])
-def test_a_full_disk_late_in_the_save(
-    saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_full_disk_late_in_the_save(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path, learner = saved
 
     def full(*_: Any, **__: Any) -> None:

@@ -30,7 +30,7 @@ def test_the_gradient_is_that_of_the_sum_over_the_denominator(make_learner: Call
     losses, weights = zip(*(toy_loss(plain, batch, plain(batch))[:2] for batch in batches), strict=True)
     expected = torch.autograd.grad(sum(losses) / sum(weights), list(plain.parameters()))
     result = learner.step(batches, toy_loss)
-    assert result.loss == pytest.approx(float(sum(losses) / sum(weights)), rel=1e-6)
+    assert result.loss == pytest.approx((sum(losses) / sum(weights)).item(), rel=1e-6)
     assert result.denominator == pytest.approx(float(sum(weights)), rel=1e-6)
     found = [parameter.main_grad for parameter in learner.model.parameters()]
     for one, other in zip(found, expected, strict=True):

@@ -61,7 +61,8 @@ def test_schedules() -> None:
 
 
 def test_prefixes_end_at_dots_and_the_longest_wins() -> None:
-    assert has_prefix("vision.blocks.0", "vision") and has_prefix("vision.x", "vision.") and has_prefix("vision", "vision")
+    assert all(has_prefix(name, "vision") for name in ("vision.blocks.0", "vision"))
+    assert has_prefix("vision.x", "vision.")
     assert not has_prefix("visionary.x", "vision")
     scale = {"vision": 0.1, "vision.merger": 1.0, "head": 0.0}
     assert lr_multiplier("module.module.vision.blocks.0.weight", scale) == 0.1

@@ -21,8 +21,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-import r4b_core.parallel  # noqa: F401  (before megatron)
-
 VOCAB, HIDDEN = 48, 32
 
 
@@ -128,7 +126,7 @@ class ToyModel(MegatronModule):
             self.embedding = VocabParallelEmbedding(
                 VOCAB, HIDDEN, init_method=config.init_method, config=config, reduce_scatter_embeddings=False
             )
-            self.vision = torch.nn.Linear(4, HIDDEN)
+            self.vision = torch.nn.Linear(4, HIDDEN, dtype=config.params_dtype)
         spec = _layer_spec()
         self.decoder = TransformerBlock(
             config,

@@ -6,11 +6,12 @@ Shapes: T tokens, S segments, R loss rows, P patches, I images, C values per pat
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from r4b_kernels.layout import PrefixLayout
 from torch import Tensor
+
+from r4b_kernels.layout import PrefixLayout
 
 
 @dataclass
@@ -82,7 +83,8 @@ class PackedBatch:
 
     def rows(self, start: int = 0, stop: int | None = None) -> LossRows:
         """The loss rows whose source lies in ``[start, stop)``; all of them by default."""
-        if start == 0 and stop in (None, self.num_tokens):
+        stop = self.num_tokens if stop is None else stop
+        if (start, stop) == (0, self.num_tokens):
             return LossRows(self.row_source, self.row_target, self.row_weight, self.row_sequence, self.row_data)
         mine = ((self.row_source >= start) & (self.row_source < stop)).nonzero().squeeze(1)
         data = {name: column[mine] for name, column in self.row_data.items()}
@@ -91,6 +93,6 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         rows = {name: value.to(device) for name, value in self.row_data.items()}
         return replace(self, **moved, layout=self.layout.to(device), row_data=rows)

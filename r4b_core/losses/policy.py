@@ -5,7 +5,7 @@ Shapes: R loss rows (tokens), N responses.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,14 +86,14 @@ class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose backward is one too: every rank's loss depends on every rank's rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
         ctx.group = group
         total = x.clone()
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone()
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None

@@ -63,7 +63,8 @@ class Metrics:
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one line; it is in the operating system's hands when this returns, so a killed process loses nothing.
 
-        A value named ``alarm/...`` is a message that goes to the console and the report as an alarm. A value ``tokens`` (tokens processed in this step) yields ``perf/tokens_per_s`` where it is not given.
+        A value ``tokens`` (tokens processed in this step) yields ``perf/tokens_per_s`` where it is not given. A value
+        named ``alarm/...`` is a message, shown as an alarm on the console and in the report.
         Log step k before its checkpoint is saved: a resumed run begins after the lines of step k.
 
         Raises:

@@ -107,7 +107,7 @@ def pack_groups_for_rl(
         share_prefix=share_prefix,
         vision_cost=[float(len(prompt.patches)) for prompt in prompts],
     )
-    batches = []
+    batches: list[list[PackedBatch]] = []
     for bins in plan.ranks:
         batches.append([])
         for members in bins or [[]]:
@@ -225,9 +225,13 @@ def _assemble(
     pad_token: int,
 ) -> PackedBatch:
     """One batch from prompts and their responses, in order. An empty response segment is left out of the layout."""
-    lengths, parents = [], []
-    copies, copy_start = [], []
-    response_start, prompt_end, first_position = [], [], []
+    lengths: list[int] = []
+    parents: list[int] = []
+    copies: list[int] = []
+    copy_start: list[int] = []
+    response_start: list[int] = []
+    prompt_end: list[int] = []
+    first_position: list[int] = []
     end = 0
     for number, (prompt, responses) in enumerate(chosen):
         prompt_segment = len(lengths)

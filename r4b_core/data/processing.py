@@ -60,13 +60,12 @@ def open_image(
         raise ImageError(f"{name}: not a {', '.join(IMAGE_FORMATS)} image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: cannot be read ({error})") from error
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("RGB")
+    rgb: Image.Image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if rgb.mode == "RGBA":
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
     if size is not None:
-        image = image.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return np.asarray(image)
+        rgb = rgb.resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(rgb)
 
 
 def patch_grid(image: NDArray[np.uint8], patch_size: int = 16) -> tuple[int, int]:

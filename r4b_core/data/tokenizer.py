@@ -77,6 +77,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def __hash__(self) -> int: ...
+
 
 class ToyTokenizer:
     """Word-level tokenizer of the board task: every word, digit and tag is one token.

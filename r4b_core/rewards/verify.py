@@ -133,33 +133,41 @@ class Verifier:
         self.close()
 
     def _in_workers(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        verdicts: list[Verdict | None] = [None] * len(pairs)
+        busy: dict[int, tuple[_Worker, int]] = {}
+        try:
+            return self._share_out(pairs, busy)
+        finally:
+            # After an interruption a busy process would give its late verdict to the next answer.
+            for slot, (worker, _) in busy.items():
+                worker.kill()
+                self._workers[slot] = None
+
+    def _share_out(self, pairs: Sequence[tuple[str, str]], busy: dict[int, tuple[_Worker, int]]) -> list[Verdict]:
+        """Keep every process at work until all pairs have a verdict; ``busy`` tells which works on what."""
+        verdicts: dict[int, Verdict] = {}
         waiting = deque(range(len(pairs)))
-        busy: dict[int, int] = {}
         with selectors.DefaultSelector() as selector:
             while waiting or busy:
                 for slot in range(len(self._workers)):
                     if waiting and slot not in busy:
                         worker = self._workers[slot] or _Worker(self.memory_mb, self.timeout_s)
                         self._workers[slot] = worker
-                        busy[slot] = waiting.popleft()
-                        worker.send(pairs[busy[slot]], self.timeout_s)
+                        busy[slot] = worker, waiting.popleft()
+                        worker.send(pairs[busy[slot][1]])
                         selector.register(worker.replies, selectors.EVENT_READ, slot)
-                deadline = min(worker.deadline for slot in busy if (worker := self._workers[slot]))
+                deadline = min(worker.deadline for worker, _ in busy.values())
                 ready = {key.data for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
-                for slot in list(busy):
-                    worker = self._workers[slot]
-                    assert worker is not None
+                for slot, (worker, index) in list(busy.items()):
                     verdict = worker.receive() if slot in ready else None
                     if verdict is None and time.monotonic() >= worker.deadline:
-                        worker.kill()
-                        verdict = Verdict(Outcome.UNDECIDED, f"took more than {self.timeout_s:g} s to verify")
+                        verdict = worker.give_up()
                     if verdict is not None:
-                        verdicts[busy.pop(slot)] = verdict
+                        verdicts[index] = verdict
                         selector.unregister(worker.replies)
-                        if worker.dead:
-                            self._workers[slot] = None
-        return [verdict for verdict in verdicts if verdict is not None]
+                        del busy[slot]
+                    if worker.dead:
+                        self._workers[slot] = None
+        return [verdicts[index] for index in range(len(pairs))]
 
 
 class _Worker:
@@ -184,14 +192,15 @@ class _Worker:
         self.deadline = 0.0
         self.dead = False
 
-    def send(self, pair: tuple[str, str], timeout_s: float) -> None:
+    def send(self, pair: tuple[str, str]) -> None:
         """Ask for a verdict; the time to import math-verify does not count."""
-        self.deadline = time.monotonic() + (timeout_s if self._ready else _STARTUP_S)
+        self.deadline = time.monotonic() + (self._timeout_s if self._ready else _STARTUP_S)
         try:
             self._requests.write(json.dumps({"answer": pair[0], "gold": pair[1]}).encode() + b"\n")
             self._requests.flush()
         except BrokenPipeError:
-            self.deadline = time.monotonic()
+            # The process is gone: its reply pipe is at the end, and receive says so.
+            return
 
     def receive(self) -> Verdict | None:
         """The verdict once its line is complete; undecided if the process has died."""
@@ -199,10 +208,7 @@ class _Worker:
         if not data:
             self.kill()
             if not self._ready:
-                raise RuntimeError(
-                    f"the verifier process ended with {self._process.returncode} before it was ready: check that "
-                    f"math-verify can be imported by {sys.executable} within {_STARTUP_S:g} s"
-                )
+                raise self._never_ready()
             return Verdict(Outcome.UNDECIDED, f"the verifier process died ({self._process.returncode})")
         self._received += data
         while b"\n" in self._received:
@@ -215,7 +221,21 @@ class _Worker:
                 return Verdict(Outcome(reply["outcome"]), reply["reason"])
         return None
 
+    def give_up(self) -> Verdict:
+        """Kill the process because its time is over."""
+        self.kill()
+        if not self._ready:
+            raise self._never_ready()
+        return Verdict(Outcome.UNDECIDED, f"took more than {self._timeout_s:g} s to verify")
+
+    def _never_ready(self) -> RuntimeError:
+        return RuntimeError(
+            f"the verifier process ended with {self._process.returncode} before it was ready: check that math-verify "
+            f"can be imported by {sys.executable} within {_STARTUP_S:g} s"
+        )
+
     def kill(self) -> None:
+        """End the process at once and wait until it is gone."""
         self.dead = True
         self._process.kill()
         self._process.wait()

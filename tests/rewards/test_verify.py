@@ -147,6 +147,28 @@ def test_a_worker_that_dies_is_replaced(verifier: Verifier) -> None:
     assert verifier.verify("1/2", "0.5").outcome is Outcome.RIGHT
 
 
+def test_an_interruption_leaves_no_late_verdict_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Verifier(workers=1) as verifier:
+        verifier.verify("1/2", "0.5")
+
+        def interrupted(self: verify_module._Worker) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(verify_module._Worker, "receive", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                verifier.verify("1/3", "2/6")
+        assert verifier.verify("1/3", "0.5").outcome is Outcome.WRONG
+
+
+def test_a_worker_that_never_starts_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "worker.py"
+    broken.write_text("raise SystemExit(3)")
+    monkeypatch.setattr(verify_module, "_WORKER", broken)
+    with Verifier() as verifier, pytest.raises(RuntimeError, match="ended with (3|-9) before it was ready"):
+        verifier.verify("1/2", "0.5")
+
+
 def test_close_ends_the_processes() -> None:
     verifier = Verifier(workers=1)
     verifier.verify("1/2", "0.5")

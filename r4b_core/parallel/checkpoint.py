@@ -54,8 +54,17 @@ def save(directory: Path | str, step: int, learner: Learner, state: dict[str, An
 
     Raises:
         CheckpointWriteError: on every rank alike, after the unfinished folder was removed (disk full, for one).
+        ValueError: ``state`` is not JSON-able, or ``keep`` is below one.
     """
     runtime, directory = learner.runtime, Path(directory)
+    if keep < 1:
+        raise ValueError(f"checkpoint.keep = {keep}: at least 1, or the checkpoint just written would be removed")
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"state cannot be saved as JSON ({error}): give plain numbers, strings, lists and dicts"
+        ) from error
     target = broadcast_json(_prepare(directory, step) if runtime.is_main else None, 0, runtime.device)
     if "error" in target:
         raise CheckpointWriteError(f"cannot write under {directory}: {target['error']}")

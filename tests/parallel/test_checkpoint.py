@@ -148,6 +148,14 @@ def test_keep_and_saving_a_step_again(make_learner: Callable, tmp_path: Path) ->
     assert checkpoint.latest(tmp_path / "absent") is None
 
 
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(make_learner: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="state cannot be saved as JSON"):
+        checkpoint.save(tmp_path, 1, make_learner(), {"loss": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"checkpoint\.keep = 0"):
+        checkpoint.save(tmp_path, 1, make_learner(), {}, keep=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unfinished_folder_is_never_the_latest(saved: tuple[Path, Any]) -> None:
     path, learner = saved
     for name in ("step_00000009.tmp-abc", "step_00000009", "step_latest"):

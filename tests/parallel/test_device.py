@@ -78,6 +78,12 @@ def test_fused_functions_are_plain_and_the_compiler_is_left_alone() -> None:
 
 
 @cpu_only
+def test_other_code_still_compiles() -> None:
+    compiled = torch.compile(lambda x: (x.to(torch.float64) * 2).sum(), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(3)).item() == 6
+
+
+@cpu_only
 def test_the_stand_in_generator_is_the_cpu_generator() -> None:
     from megatron.core.tensor_parallel import random as mcore_random
 

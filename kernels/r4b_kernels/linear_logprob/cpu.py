@@ -70,10 +70,15 @@ def reduce_rows(
     return RowStatistics(maximum, exp.sum(-1), weighted, target_logit), exp
 
 
-def valid_rows(target: Tensor) -> Tensor | None:
-    """Indices of the rows that are not masked; None when none is, so that nothing need be copied."""
-    valid = target >= 0
-    return None if bool(valid.all()) else valid.nonzero().squeeze(1)
+class RowSubset:
+    """The rows where ``mask`` holds, in chunks: slices where it holds everywhere, so that nothing is copied."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.index = None if bool(mask.all()) else mask.nonzero().squeeze(1)
+        self.count = mask.numel() if self.index is None else self.index.numel()
+
+    def __getitem__(self, chunk: slice) -> slice | Tensor:
+        return chunk if self.index is None else self.index[chunk]
 
 
 def forward(
@@ -82,20 +87,22 @@ def forward(
     """(logprob, entropy, logsumexp), each [T]."""
     ranks = group_of(group)
     check_target_range(target, weight.shape[0], ranks)
-    rows = valid_rows(target)
-    live_hidden, live_target = (hidden, target) if rows is None else (hidden[rows], target[rows])
+    rows = RowSubset(target >= 0)
     start = shard_start(weight.shape[0], ranks)
-    buffers = ChunkBuffers(live_hidden.shape[0], hidden, weight)
-    statistics = torch.empty(4, live_hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    for chunk in buffers.chunks(live_hidden.shape[0]):
-        z = buffers.logits(live_hidden[chunk], weight, temperature)
-        local, _ = reduce_rows(z, live_target[chunk], weight, start, buffers)
+    buffers = ChunkBuffers(rows.count, hidden, weight)
+    statistics = torch.empty(4, rows.count, dtype=accumulation_dtype(hidden.dtype))
+    for chunk in buffers.chunks(rows.count):
+        index = rows[chunk]
+        z = buffers.logits(hidden[index], weight, temperature)
+        local, _ = reduce_rows(z, target[index], weight, start, buffers)
         torch.stack(local, out=statistics[:, chunk])
     whole = merge_shards(RowStatistics(*statistics.unbind()), ranks)
     results = (whole.logprob, whole.entropy, whole.logsumexp)
-    if rows is None:
+    if rows.index is None:
         return results
-    logprob, entropy, logsumexp = (torch.zeros(target.shape, dtype=r.dtype).index_copy_(0, rows, r) for r in results)
+    logprob, entropy, logsumexp = (
+        torch.zeros(target.shape, dtype=r.dtype).index_copy_(0, rows.index, r) for r in results
+    )
     return logprob, entropy, logsumexp
 
 
@@ -120,25 +127,25 @@ def backward(
     for grad in (grad_logprob, grad_entropy):
         if grad is not None:
             touched |= grad != 0
-    rows = (live & touched).nonzero().squeeze(1)
+    rows = RowSubset(live & touched)
     start = shard_start(weight.shape[0], ranks)
     accumulator = GradientAccumulator(hidden, weight, need_hidden, need_weight)
-    buffers = ChunkBuffers(rows.numel(), hidden, weight)
-    for chunk in buffers.chunks(rows.numel()):
+    buffers = ChunkBuffers(rows.count, hidden, weight)
+    for chunk in buffers.chunks(rows.count):
         index = rows[chunk]
         chunk_hidden = hidden[index]
         z = buffers.logits(chunk_hidden, weight, temperature)
-        log_p = z.sub_(logsumexp[index, None])
+        log_p = z.sub_(logsumexp[index][:, None])
         grad_z = buffers.exp(log_p)
         column, inside = local_columns(target[index], weight, start)
-        scale = torch.zeros(index.numel(), 1, dtype=dtype) if grad_logprob is None else grad_logprob[index, None]
+        scale = z.new_zeros(z.shape[0], 1) if grad_logprob is None else grad_logprob[index].to(dtype)[:, None]
         if grad_entropy is None:
             grad_z.mul_(-scale)
         else:
-            slope = grad_entropy[index, None].to(dtype)
-            log_p.add_(entropy[index, None]).mul_(slope).add_(scale)
+            slope = grad_entropy[index].to(dtype)[:, None]
+            log_p.add_(entropy[index][:, None]).mul_(slope).add_(scale)
             grad_z.mul_(log_p).neg_()
-        grad_z.scatter_add_(1, column, (scale * inside).to(dtype))
+        grad_z.scatter_add_(1, column, scale * inside)
         accumulator.add(index, grad_z.mul_(1.0 / temperature) if temperature != 1.0 else grad_z, chunk_hidden)
     return accumulator.result(ranks)
 
@@ -153,10 +160,13 @@ class GradientAccumulator:
         accumulate = accumulation_dtype(weight.dtype)
         self.grad_weight = torch.zeros(weight.shape, dtype=accumulate) if need_weight else None
 
-    def add(self, index: Tensor, grad_z: Tensor, hidden: Tensor) -> None:
+    def add(self, index: slice | Tensor, grad_z: Tensor, hidden: Tensor) -> None:
         grad_z = grad_z.to(self.dtype)
         if self.grad_hidden is not None:
-            self.grad_hidden.index_copy_(0, index, grad_z @ self.weight)
+            if isinstance(index, slice):
+                torch.mm(grad_z, self.weight, out=self.grad_hidden[index])
+            else:
+                self.grad_hidden.index_copy_(0, index, grad_z @ self.weight)
         if self.grad_weight is not None:
             if self.grad_weight.dtype == self.dtype:
                 self.grad_weight.addmm_(grad_z.T, hidden)

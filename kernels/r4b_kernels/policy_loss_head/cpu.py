@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r4b_kernels.linear_logprob.cpu import ChunkBuffers, GradientAccumulator, local_columns, reduce_rows
+from r4b_kernels.linear_logprob.cpu import ChunkBuffers, GradientAccumulator, RowSubset, local_columns, reduce_rows
 from r4b_kernels.policy_loss_head.reference import Objective, Rows, row_gradient, row_terms
 from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.vocabulary import check_target_range, group_of, merge_shards, shard_start
+
+# Above this share of rows with a gradient, copying them together costs more than their products save.
+_COMPACT_BELOW = 0.9
 
 
 def forward(
@@ -33,9 +36,9 @@ def forward(
     entropy = torch.zeros(rows.target.shape, dtype=dtype)
     accumulator = GradientAccumulator(hidden, weight, need_hidden, need_weight)
     live, idle = split_rows(rows, objective, need_hidden or need_weight)
-    buffers = ChunkBuffers(max(live.numel(), idle.numel()), hidden, weight)
+    buffers = ChunkBuffers(max(live.count, idle.count), hidden, weight)
     for part, with_gradient in ((live, True), (idle, False)):
-        for chunk in buffers.chunks(part.numel()):
+        for chunk in buffers.chunks(part.count):
             index = part[chunk]
             chunk_hidden, chunk_rows = hidden[index], rows.at(index)
             z = buffers.logits(chunk_hidden, weight, objective.temperature)
@@ -49,8 +52,9 @@ def forward(
             kept = slope.nonzero().squeeze(1)
             if kept.numel() == 0:
                 continue
-            if kept.numel() < index.numel():
-                exp, slope, index, chunk_hidden = exp[kept], slope[kept], index[kept], chunk_hidden[kept]
+            if kept.numel() < _COMPACT_BELOW * slope.numel():
+                index = kept + index.start if isinstance(index, slice) else index[kept]
+                exp, slope, chunk_hidden = exp[kept], slope[kept], chunk_hidden[kept]
                 chunk_rows = chunk_rows.at(kept)
                 whole, local = (type(s)(*(value[kept] for value in s)) for s in (whole, local))
             slope = (slope / objective.temperature)[:, None]
@@ -64,10 +68,10 @@ def forward(
     return terms.loss.sum(), logprob, entropy, terms.ratio, terms.kl, terms.clipped, grad_hidden, grad_weight
 
 
-def split_rows(rows: Rows, objective: Objective, training: bool) -> tuple[Tensor, Tensor]:
-    """(rows that may have a gradient, valid rows that cannot), as indices."""
+def split_rows(rows: Rows, objective: Objective, training: bool) -> tuple[RowSubset, RowSubset]:
+    """(rows that may have a gradient, valid rows that cannot)."""
     valid = rows.target >= 0
     live = rows.has_loss & training
     if not objective.kl_coef:
         live &= rows.advantage != 0
-    return live.nonzero().squeeze(1), (valid & ~live).nonzero().squeeze(1)
+    return RowSubset(live), RowSubset(valid & ~live)

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     row_weight: Tensor
     ref_logprob: Tensor | None
 
-    def at(self, index: Tensor) -> Rows:
+    def at(self, index: slice | Tensor) -> Rows:
         ref_logprob = None if self.ref_logprob is None else self.ref_logprob[index]
         rows = self.target, self.old_logprob, self.advantage, self.row_weight
         target, old_logprob, advantage, row_weight = (value[index] for value in rows)

@@ -3,9 +3,7 @@
 The flash kernel wants [batch, length]. Segments of similar length are gathered into one call, padded on the right with
 copies of their own first token, so that a bucket wastes little and a call costs Python only once. Long segments are
 called in place, without a gather. What is called how is a plan of index tensors, made once per set of offsets: all
-layers, forward and backward, run the same plan. Half precision is computed in float32 by the callers: more exact, and
-on most CPUs faster, than the kernel's own half path.
-"""
+layers, forward and backward, run the same plan."""
 
 from __future__ import annotations
 
@@ -14,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from r4b_kernels.precision import accumulation_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -71,6 +71,13 @@ def make_plan(bounds: Sequence[int], causal: bool) -> Plan:
         buckets.append(Bucket(last - first, length, source, target, ~valid.view(-1, 1), bias))
         first = last
     return Plan(total, long, tuple(buckets))
+
+
+def operands(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as the kernel wants them: half precision in float32 (more exact, and on most CPUs faster, than the
+    kernel's own half path), and heads without gaps, which it takes for granted without a check."""
+    wide = (x.to(accumulation_dtype(x.dtype)) for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in wide]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

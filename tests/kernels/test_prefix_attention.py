@@ -167,6 +167,24 @@ def test_strided_inputs_and_heads_of_a_fused_projection() -> None:
     )
 
 
+@pytest.mark.parametrize("lengths", [[9, 5, 14], [530, 600, 9]])
+def test_any_strides_of_inputs_and_gradient(lengths: list[int]) -> None:
+    layout = PrefixLayout.from_lengths(lengths, [-1, 0, 0])
+    *qkv, _ = tensors(sum(lengths), torch.float64)
+
+    def strided(x: Tensor) -> Tensor:
+        return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+
+    grads = []
+    for backend in ("cpu", "reference"):
+        out = prefix_attention(*(strided(x) for x in qkv), layout, backend=backend)
+        # The gradient that arrives is an expanded scalar here, and strided there.
+        grads.append(torch.autograd.grad(out[:, 0].sum() + (strided(out) * 3).sum(), qkv, retain_graph=True))
+        grads[-1] += torch.autograd.grad(out.sum(), qkv)
+    for mine, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-11)
+
+
 def test_lse_carries_no_gradient() -> None:
     layout = PrefixLayout.from_lengths([4])
     *qkv, _ = tensors(4, torch.float32)

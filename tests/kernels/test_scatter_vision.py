@@ -118,7 +118,9 @@ def test_opcheck(accumulate: bool) -> None:
     index, rows = INDEXES["reused"]
     embeddings, features, grad = tensors(index, rows, torch.float32)
     torch.library.opcheck(torch.ops.r4b_kernels.scatter_vision.default, (embeddings, features, index, accumulate, None))
-    torch.library.opcheck(torch.ops.r4b_kernels.scatter_vision_backward.default, (grad.detach(), index, rows, None))
+    torch.library.opcheck(
+        torch.ops.r4b_kernels.scatter_vision_backward.default, (grad.detach(), index, rows, accumulate, None)
+    )
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

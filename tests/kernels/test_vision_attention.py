@@ -110,6 +110,15 @@ def test_an_image_is_deaf_to_its_neighbours() -> None:
             assert torch.equal(value[other], soiled[key][other]), key
 
 
+@pytest.mark.parametrize("lengths", [[9, 5, 14], [600, 9]])
+def test_any_strides(lengths: list[int]) -> None:
+    inputs = tensors(sum(lengths), torch.float64)
+    strided = [x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_() for x in inputs]
+    mine, truth = run(lengths, strided), run(lengths, inputs, "reference")
+    for key, value in truth.items():
+        torch.testing.assert_close(mine[key], value, rtol=0, atol=1e-12, msg=key)
+
+
 def test_opcheck() -> None:
     *qkv, grad = tensors(14, torch.float32)
     settings = (cu_seqlens([5, 3, 4]), 0.3, None)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from r4b_kernels import _varlen_cpu as varlen
-from r4b_kernels.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Backend:
     ) -> tuple[Tensor, Tensor]:
         plan = _plan_for(offsets, parent, q.shape[0])
         dtype = q.dtype
-        q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
+        q, k, v = varlen.operands(q, k, v)
         out, lse = varlen.forward(q, k, v, plan.own, True, scale)
         for rectangle in plan.rectangles:
             part, part_lse = varlen.attend(
@@ -69,7 +68,7 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan = _plan_for(offsets, parent, q.shape[0])
         dtype = q.dtype
-        grad_out, q, k, v, out = (x.to(accumulation_dtype(dtype)) for x in (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = varlen.operands(grad_out, q, k, v, out)
         grad_q, grad_k, grad_v = varlen.backward(grad_out, q, k, v, out, lse, plan.own, True, scale)
         for rectangle in plan.rectangles:
             rows, keys = rectangle.children, rectangle.parent

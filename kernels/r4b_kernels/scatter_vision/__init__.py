@@ -64,8 +64,12 @@ def _forward(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bo
 
 
 @torch.library.custom_op("r4b_kernels::scatter_vision_backward", mutates_args=())
-def _backward(grad_out: Tensor, index: Tensor, num_features: int, backend: str | None) -> Tensor:
-    return dispatch.resolve("scatter_vision", grad_out.device, backend).backward(grad_out, index, num_features)
+def _backward(
+    grad_out: Tensor, index: Tensor, num_features: int, accumulate: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(gradient of embeddings, empty if accumulate, when it is grad_out itself; gradient of features)."""
+    implementation = dispatch.resolve("scatter_vision", grad_out.device, backend)
+    return implementation.backward(grad_out, index, num_features, accumulate)
 
 
 @_forward.register_fake
@@ -74,8 +78,11 @@ def _(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bool, bac
 
 
 @_backward.register_fake
-def _(grad_out: Tensor, index: Tensor, num_features: int, backend: str | None) -> Tensor:
-    return grad_out.new_empty((num_features, grad_out.shape[1]))
+def _(
+    grad_out: Tensor, index: Tensor, num_features: int, accumulate: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    grad_embeddings = grad_out.new_empty(0 if accumulate else grad_out.shape)
+    return grad_embeddings, grad_out.new_empty((num_features, grad_out.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -86,11 +93,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
-    grad_embeddings = grad_features = None
-    if ctx.needs_input_grad[0]:
-        grad_embeddings = grad_out if ctx.accumulate else grad_out.masked_fill((index >= 0)[:, None], 0)
-    if ctx.needs_input_grad[1]:
-        grad_features = _backward(grad_out, index, ctx.num_features, ctx.backend)
+    grad_embeddings, grad_features = _backward(grad_out, index, ctx.num_features, ctx.accumulate, ctx.backend)
+    if ctx.accumulate:
+        grad_embeddings = grad_out
     return grad_embeddings, grad_features, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""scatter_vision on the CPU: an image's tokens are a run of rows, so most of the work is a few block copies."""
+"""scatter_vision on the CPU: one indexed copy each way, without boolean masks."""
 
 from __future__ import annotations
 
@@ -8,38 +8,32 @@ from torch import Tensor
 
 from r4b_kernels.precision import accumulation_dtype
 
-# Runs shorter than this on average are cheaper as one indexed copy.
-MIN_MEAN_RUN = 8
-
 
 class Backend:
+    """Forward and backward as the custom op wants them."""
+
     @staticmethod
     def forward(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bool) -> Tensor:
         _check_range(index, features.shape[0])
+        tokens, rows, each_once = _used(index, features.shape[0])
+        values = features if each_once else features.index_select(0, rows)
         out = embeddings.clone(memory_format=torch.contiguous_format)
-        tokens, rows, runs = _runs(index)
-        if runs is None:
-            values = features.index_select(0, rows)
-            return out.index_add_(0, tokens, values) if accumulate else out.index_copy_(0, tokens, values)
-        for token, row, count in runs:
-            if accumulate:
-                out[token : token + count] += features[row : row + count]
-            else:
-                out[token : token + count] = features[row : row + count]
-        return out
+        return out.index_add_(0, tokens, values) if accumulate else out.index_copy_(0, tokens, values)
 
     @staticmethod
-    def backward(grad_out: Tensor, index: Tensor, num_features: int) -> Tensor:
-        # Several tokens may add into one row: sum in float32, in token order.
-        dtype = accumulation_dtype(grad_out.dtype)
-        grad = torch.zeros((num_features, grad_out.shape[1]), dtype=dtype)
-        tokens, rows, runs = _runs(index)
-        if runs is None:
-            grad.index_add_(0, rows, grad_out.index_select(0, tokens).to(dtype))
+    def backward(grad_out: Tensor, index: Tensor, num_features: int, accumulate: bool) -> tuple[Tensor, Tensor]:
+        tokens, rows, each_once = _used(index, num_features)
+        if accumulate:
+            grad_embeddings = grad_out.new_empty(0)
         else:
-            for token, row, count in runs:
-                grad[row : row + count] += grad_out[token : token + count]
-        return grad.to(grad_out.dtype)
+            grad_embeddings = grad_out.clone(memory_format=torch.contiguous_format).index_fill_(0, tokens, 0)
+        grad_features = grad_out.index_select(0, tokens)
+        if not each_once:
+            # Several tokens may add into one row: sum in float32, in token order.
+            dtype = accumulation_dtype(grad_out.dtype)
+            total = torch.zeros((num_features, grad_out.shape[1]), dtype=dtype)
+            grad_features = total.index_add_(0, rows, grad_features.to(dtype)).to(grad_out.dtype)
+        return grad_embeddings, grad_features
 
 
 def _check_range(index: Tensor, num_features: int) -> None:
@@ -52,15 +46,10 @@ def _check_range(index: Tensor, num_features: int) -> None:
         )
 
 
-def _runs(index: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int, int]] | None]:
-    """(tokens [M], rows [M], runs): a run is (first token, first row, count), both ascending by one; None if short."""
+def _used(index: Tensor, num_features: int) -> tuple[Tensor, Tensor, bool]:
+    """(tokens [M], rows [M], whether the rows are 0, 1, ..., P-1: the usual case, which needs no gather and no sum)."""
     host = index.numpy()
     tokens = np.flatnonzero(host >= 0)
     rows = host[tokens].astype(np.int64)
-    breaks = np.flatnonzero((np.diff(tokens) != 1) | (np.diff(rows) != 1)) + 1
-    runs = None
-    if (len(breaks) + 1) * MIN_MEAN_RUN <= max(len(tokens), MIN_MEAN_RUN):
-        first = np.concatenate([[0], breaks]) if len(tokens) else breaks
-        count = np.diff(np.append(first, len(tokens)))
-        runs = list(zip(tokens[first].tolist(), rows[first].tolist(), count.tolist(), strict=True))
-    return torch.from_numpy(tokens), torch.from_numpy(rows), runs
+    each_once = np.array_equal(rows, np.arange(num_features))
+    return torch.from_numpy(tokens), torch.from_numpy(rows), each_once

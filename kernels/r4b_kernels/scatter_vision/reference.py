@@ -19,7 +19,7 @@ def scatter_vision(embeddings: Tensor, features: Tensor, index: Tensor, accumula
 
 
 class Backend:
-    """Forward and backward as the custom op wants them: the backward is the transpose of the gather."""
+    """Forward and backward as the custom op wants them: the backward is autograd's of the forward above."""
 
     @staticmethod
     def forward(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bool) -> Tensor:
@@ -28,8 +28,9 @@ class Backend:
         return scatter_vision(embeddings, features, index, accumulate)
 
     @staticmethod
-    def backward(grad_out: Tensor, index: Tensor, num_features: int) -> Tensor:
+    def backward(grad_out: Tensor, index: Tensor, num_features: int, accumulate: bool) -> tuple[Tensor, Tensor]:
         # func.vjp, because autograd proper does not record inside a custom op.
-        features, zeros = grad_out.new_zeros(num_features, grad_out.shape[1]), torch.zeros_like(grad_out)
-        vjp = torch.func.vjp(lambda x: scatter_vision(zeros, x, index, accumulate=False), features)[1]
-        return vjp(grad_out)[0]
+        embeddings, features = torch.zeros_like(grad_out), grad_out.new_zeros(num_features, grad_out.shape[1])
+        vjp = torch.func.vjp(lambda *x: scatter_vision(x[0], x[1], index, accumulate), embeddings, features)[1]
+        grad_embeddings, grad_features = vjp(grad_out)
+        return grad_out.new_empty(0) if accumulate else grad_embeddings, grad_features

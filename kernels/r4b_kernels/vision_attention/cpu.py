@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from r4b_kernels import _varlen_cpu as varlen
-from r4b_kernels.precision import accumulation_dtype
 
 
 class Backend:
@@ -18,7 +17,7 @@ class Backend:
     def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         plan = _plan_for(cu_seqlens, q.shape[0])
         dtype = q.dtype
-        q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
+        q, k, v = varlen.operands(q, k, v)
         out, lse = varlen.forward(q, k, v, plan, False, scale)
         return out.to(dtype), lse
 
@@ -28,7 +27,7 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan = _plan_for(cu_seqlens, q.shape[0])
         dtype = q.dtype
-        grad_out, q, k, v, out = (x.to(accumulation_dtype(dtype)) for x in (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = varlen.operands(grad_out, q, k, v, out)
         grad_q, grad_k, grad_v = varlen.backward(grad_out, q, k, v, out, lse, plan, False, scale)
         return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 

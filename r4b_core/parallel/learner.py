@@ -116,14 +116,8 @@ class Learner:
         config = self.config
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = self._finalize
-        if self.runtime.pp > 1:
-            # Each message tells its shape first, so micro-batches may differ in length.
-            config.variable_seq_lengths = True
-            config.pipeline_dtype = config.params_dtype
 
     def _wrap(self, chunk: torch.nn.Module, overlap: bool) -> DistributedDataParallel:
-        if not hasattr(chunk, "model_type"):
-            chunk.model_type = ModelType.encoder_or_decoder
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=self.runtime.distributed_optimizer,
             overlap_grad_reduce=overlap,
@@ -217,6 +211,15 @@ class Learner:
     def _run(
         self, chunks: list[Any], microbatches: Sequence[Batch], after: Callable[..., Any], *, forward_only: bool
     ) -> list[Any]:
+        for chunk in chunks:
+            plain = getattr(chunk, "module", chunk)
+            if not hasattr(plain, "model_type"):
+                plain.model_type = ModelType.encoder_or_decoder  # the schedules ask for it
+            if self.runtime.pp > 1:
+                # Each message tells its shape first, so micro-batches may differ in length.
+                plain.config.variable_seq_lengths = True
+                plain.config.pipeline_dtype = plain.config.params_dtype
+
         def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
             batch = next(batches)
             output = chunk(batch)

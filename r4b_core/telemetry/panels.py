@@ -20,6 +20,7 @@ MAX_POINTS = 600
 MAX_BARS = 50
 NEGLIGIBLE = 0.002
 OUTLIER = 3.0
+LOG_RANGE = 20.0
 DIFFICULTY_COLORS = 6
 DIFFICULTY_ORDER = ("easy", "direct", "mid", "medium", "hard")
 DASHES = ("dot", "dashdot", "dash", "solid", "longdash", "longdashdot")
@@ -45,7 +46,7 @@ class Series:
 class Panel:
     """One plot. ``kind``: lines, bars (side by side), stack (over steps), rows (stacked, lying).
 
-    ``cut``: where the y axis ends although some bars are higher.
+    ``cut``: where the y axis ends although some bars are higher. ``log``: a logarithmic y axis.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Panel:
     wide: bool = False
     tall: bool = False
     cut: float | None = None
+    log: bool = False
 
 
 @dataclass
@@ -227,7 +229,9 @@ def loss_section(records: Sequence[Record]) -> Section:
         for name, title in (("loss", "loss"), ("grad_norm", "gradient norm"), ("kl", "KL to the annealed model")):
             lines = smoothed(title, *series_of(records, stage, name), "auto")
             if lines:
-                section.panels.append(Panel(f"{stage}: {title}", "lines", lines, "step", ""))
+                values = [value for value in lines[0].y if value is not None]
+                wide = bool(values) and min(values) > 0 and max(values) > LOG_RANGE * min(values)
+                section.panels.append(Panel(f"{stage}: {title}", "lines", lines, "step", log=wide))
     return section
 
 

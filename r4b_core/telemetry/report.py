@@ -53,6 +53,8 @@ def write_report(run_path: str | Path) -> Path:
     environment = _load(run / ENVIRONMENT, json.loads, problems)
     summary = _load(run / SUMMARY, json.loads, problems)
     summary = _checked_summary(summary, problems)
+    if _part(recipe, "bpo").get("steps") == 0:
+        summary.pop("after_bpo")  # nothing came between: one evaluation, not two
     try:
         records = read_metrics(run / METRICS)
     except ValueError as error:

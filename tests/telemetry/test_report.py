@@ -15,7 +15,7 @@ import pytest
 from r4b_core.config.recipe import Recipe
 from r4b_core.rollout.types import Group
 from r4b_core.telemetry.hero import hero_figure
-from r4b_core.telemetry.panels import series_of, smoothed, thin, time_section
+from r4b_core.telemetry.panels import loss_section, series_of, smoothed, thin, time_section
 from r4b_core.telemetry.report import script_json, write_report
 from r4b_core.telemetry.run import RunFolder
 from r4b_core.telemetry.viewer import collect_groups, select, spread
@@ -135,7 +135,10 @@ def test_an_empty_folder_and_a_run_without_bpo_have_reports(tmp_path: Path) -> N
     with RunFolder(tmp_path / "run", console=False) as run:
         run.start(Recipe(name="only annealing", bpo={"steps": 0}))
         run.metrics.log("anneal", 1, {"loss": float("nan")})
-    assert "only annealing" in page_of(tmp_path / "run").text
+        side = {"hard": {"auto": {"accuracy": 0.5, "mean_tokens": 4.0, "thinking_rate": 0.0}}}
+        run.write_summary({"before_bpo": side, "after_bpo": side})
+    text = page_of(tmp_path / "run").text
+    assert "only annealing" in text and "50.0 % 4.0 0.0 % – – –" in text, "no BPO, so no evaluation after it"
 
 
 def test_damaged_files_are_named_on_the_page(finished_run: Path, tmp_path: Path) -> None:
@@ -212,6 +215,12 @@ def test_one_long_step_does_not_flatten_the_others() -> None:
     panel = time_section(records, None).panels[-1]
     assert panel.cut == pytest.approx(0.3) and "0.3 s" in panel.note
     assert time_section(records[:4], None).panels[-1].cut is None
+
+
+@pytest.mark.parametrize(("losses", "log"), [([9.0, 0.1], True), ([2.0, 0.5], False), ([9.0, -0.1], False)])
+def test_a_loss_that_falls_far_gets_a_logarithmic_axis(losses: list[float], log: bool) -> None:
+    records = [{"stage": "anneal", "step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    assert loss_section(records).panels[0].log is log
 
 
 def test_hero_figure_is_svg_with_one_curve_per_difficulty(finished_run: Path, tmp_path: Path) -> None:

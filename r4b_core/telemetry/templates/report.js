@@ -67,6 +67,7 @@
       made.xaxis.title.text = panel.x_title;
       made.yaxis = axis("", {autorange: "reversed", showgrid: false});
     }
+    if (panel.log) { Object.assign(made.yaxis, {type: "log", dtick: "D2", exponentformat: "none"}); }
     if (panel.cut !== null) { made.yaxis.range = [0, panel.cut]; }
     if (panel.percent) {
       made.yaxis.tickformat = ".0%";

@@ -260,7 +260,7 @@ def time_section(records: Sequence[Record], summary: Mapping[str, Any] | None) -
             heights = [sum(values) for values in zip(*(layer.y for layer in layers), strict=True)]
             limit = OUTLIER * median(heights)
             cut = limit if max(heights) > limit > 0 else None
-            note = f"Bars above {limit:.3g} s are cut off (evaluation, checkpoints)." if cut else ""
+            note = f"Bars above {limit:.3g} s are cut off." if cut else ""
             panel = Panel(f"{stage}: seconds per step", "stack", layers, "step", "seconds", note=note, cut=cut)
             section.panels.append(panel)
     return section

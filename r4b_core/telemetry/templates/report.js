@@ -67,7 +67,13 @@
       made.xaxis.title.text = panel.x_title;
       made.yaxis = axis("", {autorange: "reversed", showgrid: false});
     }
-    if (panel.log) { Object.assign(made.yaxis, {type: "log", dtick: "D2", exponentformat: "none"}); }
+    if (panel.log) {
+      var ticks = [];
+      for (var power = -6; power <= 6; power += 1) {
+        [1, 2, 5].forEach(function (digit) { ticks.push(Number(digit + "e" + power)); });
+      }
+      Object.assign(made.yaxis, {type: "log", tickvals: ticks, ticktext: ticks.map(String)});
+    }
     if (panel.cut !== null) { made.yaxis.range = [0, panel.cut]; }
     if (panel.percent) {
       made.yaxis.tickformat = ".0%";

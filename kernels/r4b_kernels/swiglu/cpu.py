@@ -21,7 +21,7 @@ def backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     result = torch.empty(gate_up.shape, dtype=exact.dtype)
     grad_gate, grad_up = result.chunk(2, dim=-1)
     torch.mul(F.silu(gate), grad, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     return result.to(gate_up.dtype)
 
 

@@ -77,9 +77,9 @@ class StandInAnnotator:
 
     It is no model. It is given the reference answer and decides how a model that only looks would fare:
 
-    * reading and counting: right in 9 tries of 10, but 12 % of the boards it cannot make out at all, and gives the same
-      wrong answer every time;
-    * final values: a random digit, whatever the board. All of 8 random digits are wrong for 43 % of the questions.
+    * what one look answers (reading, counting, the final value of a board whose last tile is a *set*): right in 9 tries
+      of 10, but 12 % of the boards it cannot make out at all, and gives the same wrong answer every time;
+    * final values that take arithmetic: a random digit. All of 8 random digits are wrong for 43 % of these questions.
 
     The same sample, seed and number of tries give the same responses. Its tries go through the same judge and the same
     rule as a real annotator's would.
@@ -100,7 +100,7 @@ class StandInAnnotator:
         guess = self._uniform(keys[:, None], 2 + 2 * columns)
         slip = self._uniform(keys[:, None], 3 + 2 * columns) >= self.ACCURACY
         truth = np.array([int(sample.answer) for sample in samples])
-        looking = np.array([sample.source != "value" for sample in samples])
+        looking = np.array([sample.difficulty == "easy" for sample in samples])
         wrong = np.where(blind[:, None], misread[:, None], guess)
         seen = np.where(blind[:, None] | slip, truth[:, None] + 1 + (9 * wrong).astype(np.int64), truth[:, None]) % 10
         answers = np.where(looking[:, None], seen, (10 * guess).astype(np.int64))

@@ -48,7 +48,7 @@ def test_stand_in_gives_the_papers_proportions() -> None:
     for step in range(40):
         samples = make_samples("train", 0, "anneal", step, 100, MIX)
         for sample in annotate(samples, annotator.respond(samples, 8), JUDGE, write_response):
-            kind = "value" if sample.source == "value" else "look"
+            kind = "look" if sample.difficulty == "easy" else "value"
             total[kind] += 1
             thinking[kind] += sample.mode is Mode.THINKING
     assert abs(thinking["look"] / total["look"] - 0.12) < 0.03
@@ -72,7 +72,7 @@ def test_stand_in_fails_on_whole_boards() -> None:
 
 
 def test_stand_in_guesses_values_uniformly() -> None:
-    samples = make_samples("train", 1, "anneal", 0, 500, {"value": 1.0})
+    samples = make_samples("train", 1, "anneal", 0, 500, {"value": 1.0}, "hard")
     guesses = Counter(answer for row in StandInAnnotator(3).respond(samples, 8) for answer in row)
     assert len(guesses) == 10
     assert max(guesses.values()) < 1.25 * min(guesses.values())

@@ -25,7 +25,7 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: scalar, the weighted sum over rows.
-        logprob: [T], log-probability of the target now, divided by the temperature's softmax; 0 in masked rows.
+        logprob: [T], log-probability of the target now, at the given temperature; 0 in masked rows.
         entropy: [T], entropy of the row's distribution in nats; 0 in masked rows.
         ratio: [T], exp(logprob - old_logprob); 1 in rows without a loss.
         kl: [T], the k3 estimate of KL(policy || reference); 0 without ref_logprob and in rows without a loss.

@@ -19,6 +19,7 @@ from r4b_core.data.schema import Sample
 from r4b_core.losses.heads import sft_head
 from r4b_core.modes import Mode
 from r4b_core.rewards.reward import AnswerReward
+from r4b_core.rewards.verify import Verifier
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
@@ -69,7 +70,7 @@ def annealing_samples(job: Job, step: int, only: Mode | None = None) -> list[Sam
         tries = model_tries(job, samples, step)
     else:
         tries = StandInAnnotator(recipe.seed).respond(samples, config.tries)
-    return annotate(samples, tries, AnswerReward(), write_response)
+    return annotate(samples, tries, AnswerReward(Verifier(mathematics=False)), write_response)
 
 
 def model_tries(job: Job, samples: list[Sample], step: int) -> list[list[str]]:

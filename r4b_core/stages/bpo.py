@@ -45,9 +45,12 @@ def bpo(job: Job) -> None:
     engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
     head = PolicyHead(config)
 
-    with Verifier() as verifier:
+    with Verifier(mathematics=False) as verifier:  # a board's answers are digits
         reward = AnswerReward(verifier, config.length_cost, config.max_new_tokens)
         for step in stage.remaining():
+            values = {}
+            if config.probe_every and step % config.probe_every == 0:
+                values |= probe(job, engine, reward, step)
             groups, prompts = collect(job, engine, reward, step)
             batches = pack(job, groups, prompts)
             with timeline("reference"):
@@ -59,9 +62,7 @@ def bpo(job: Job) -> None:
                 for _ in range(config.epochs):
                     result = stage.learner.step(batches, head)
 
-            values = bimode_metrics(groups, job.tokenizer.mode_tokens)
-            if config.probe_every and step % config.probe_every == 0:
-                values |= probe(job, engine, reward, step)
+            values |= bimode_metrics(groups, job.tokenizer.mode_tokens)
             if step % job.recipe.telemetry.rollouts_every == 0:
                 job.run.write_rollouts("bpo", step + 1, groups)
             generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
@@ -195,7 +196,7 @@ def add_column(job: Job, stage: Stage, batches: list[PackedBatch], name: str, mo
 
 
 def probe(job: Job, engine: EmbeddedEngine, reward: AnswerReward, step: int) -> dict[str, float]:
-    """Free greedy answers to fixed held-out questions: does the model think, and where?"""
+    """Free greedy answers to fixed held-out questions, before the step's update: does the model think, and where?"""
     config = job.recipe.bpo
     samples = make_samples(
         "held_out", job.recipe.seed, "probe", 0, config.probe_prompts, config.mix, config=job.recipe.data

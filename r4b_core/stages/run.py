@@ -21,7 +21,7 @@ from r4b_core.stages.job import Job, StopSignal
 from r4b_core.telemetry.files import write_atomic
 from r4b_core.telemetry.locate import find_resume_point
 from r4b_core.telemetry.report import write_report
-from r4b_core.telemetry.run import RunFolder
+from r4b_core.telemetry.run import RunFolder, stage_steps
 
 
 def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto") -> dict[str, Any]:
@@ -86,8 +86,8 @@ def evaluate_once(job: Job, name: str, clock: Clock) -> dict[str, Any]:
             job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch
         )
         evaluation = evaluate(job.recipe, job.runtime, job.tokenizer, engine)
-    stage, step = ("anneal", job.recipe.anneal.steps) if name == "before_bpo" else ("bpo", job.recipe.bpo.steps)
-    job.run.metrics.log(stage, step, evaluation.metrics())
+    stage = "anneal" if name == "before_bpo" else "bpo"
+    job.run.metrics.log(stage, stage_steps(job.recipe)[stage], evaluation.metrics())
     table = evaluation.table()
     if job.runtime.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)

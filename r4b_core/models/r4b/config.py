@@ -106,7 +106,11 @@ def transformer_settings(parallel: ParallelConfig, dtype: str) -> dict[str, Any]
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
-        perform_initialization=False,
+        # Megatron marks how a weight is cut over tensor-parallel ranks only where it initializes it.
+        perform_initialization=True,
+        init_method=_leave_to_init_weights,
+        output_layer_init_method=_leave_to_init_weights,
+        embedding_init_method=_leave_to_init_weights,
         calculate_per_token_loss=True,
     )
 
@@ -151,6 +155,10 @@ def vision_settings(config: R4BConfig, parallel: ParallelConfig, dtype: str) -> 
         activation_func=_gelu_tanh,
         add_bias_linear=True,
     )
+
+
+def _leave_to_init_weights(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

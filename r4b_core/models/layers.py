@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from r4b_core.models.streams import Stream
 from r4b_core.parallel.device import device
 from r4b_kernels import qk_norm_mrope, rms_norm, swiglu
+
+_MLP_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 @dataclass
@@ -116,14 +119,22 @@ def split_qkv(attention: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, 
 
 
 class GatedMLP(MLP):
-    """SwiGLU MLP."""
+    """SwiGLU MLP. Named in specs as a class, since Megatron warns about a ModuleSpec of an MLP that it does not know."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(
+            config,
+            _MLP_LINEARS,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: object) -> tuple:  # type: ignore[override]
         gate_up, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(swiglu(gate_up))
 
 
-def _layer_spec(attention: type, mlp: type, norm: type, qk_norm: type | None) -> ModuleSpec:
+def _layer_spec(attention: type, mlp: type | ModuleSpec, norm: type, qk_norm: type | None) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -140,9 +151,7 @@ def _layer_spec(attention: type, mlp: type, norm: type, qk_norm: type | None) ->
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=mlp, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -156,5 +165,5 @@ def decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
 
 def vision_spec(num_layers: int) -> TransformerBlockSubmodules:
     """Pre-norm ViT blocks: LayerNorm, biases, GELU MLP."""
-    layer = _layer_spec(VisionAttention, MLP, LayerNorm, None)
+    layer = _layer_spec(VisionAttention, ModuleSpec(module=MLP, submodules=_MLP_LINEARS), LayerNorm, None)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

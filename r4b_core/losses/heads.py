@@ -64,7 +64,8 @@ class PolicyHead:
         counted = (rows.weight != 0).float()
         sums = {"entropy": entropy, "ratio": ratio, "kl": kl, "clipped": clipped.float()}
         metrics = {name: (counted * column.detach()).sum() for name, column in sums.items()}
-        return loss, rows.data["share"].sum(), {**metrics, "rows": counted.sum()}
+        # In float64 the sum is the same however the rows are cut into batches.
+        return loss, rows.data["share"].sum(dtype=torch.float64), {**metrics, "rows": counted.sum()}
 
     def _sequence(self, model: R4BModel, batch: PackedBatch, rows: LossRows, hidden: Tensor) -> tuple[Tensor, ...]:
         logprob, entropy = linear_logprob(

@@ -161,7 +161,7 @@ def read_state(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     facts = manifest.read(path)
-    damage = manifest.find_damage(path, {"files": {_STATE: facts["files"][_STATE]}}, share=1, shares=1)
+    damage = manifest.find_damage(path, facts, only=_STATE)
     if damage:
         raise CheckpointError(damage)
     return json.loads((path / _STATE).read_text())["state"]

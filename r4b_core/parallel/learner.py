@@ -26,7 +26,7 @@ from r4b_core.parallel.collectives import broadcast_json, broadcast_tree
 from r4b_core.parallel.runtime import Runtime
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(ValueError):
     """Too many updates in a row had a loss or gradient that is not finite."""
 
 

@@ -106,14 +106,16 @@ def read(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_damage(folder: Path, manifest: dict[str, Any], share: int = 0, shares: int = 1) -> str:
-    """What is wrong with this rank's share of the files, in one sentence; empty if nothing."""
-    if share == 0:
+def find_damage(
+    folder: Path, manifest: dict[str, Any], share: int = 0, shares: int = 1, only: str | None = None
+) -> str:
+    """What is wrong with this rank's share of the files (or the one named), in one sentence; empty if nothing."""
+    if share == 0 and only is None:
         strangers = sorted({path.name for path in folder.iterdir()} - set(manifest["files"]) - {MANIFEST})
         if strangers:
             return f"{folder / strangers[0]} is not in the manifest: {_way_out(folder)}"
     for index, (name, expected) in enumerate(sorted(manifest["files"].items())):
-        if index % shares != share:
+        if name != only if only is not None else index % shares != share:
             continue
         path = folder / name
         if Path(name).name != name or path.is_symlink():

@@ -23,7 +23,7 @@ class Layout:
     cp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
-    timeout_s: int = 30
+    timeout_s: int = 60
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL = 6000
@@ -22,7 +25,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", **extra}
 
 
-def run_ranks(target: Path | str, ranks: int, *args: str, timeout: float = 240.0, pytest: bool = True) -> str:
+def run_ranks(target: Path | str, ranks: int, *args: str, timeout: float = 600.0, pytest: bool = True) -> str:
     """Run ``target`` on ``ranks`` ranks and return rank 0's output.
 
     With ``pytest`` every rank runs the same tests of the file in the same order and stops at its first failure.
@@ -37,13 +40,15 @@ def run_ranks(target: Path | str, ranks: int, *args: str, timeout: float = 240.0
             command += ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
             command += ["-W", "ignore::DeprecationWarning"]
         command += [str(target), *args]
+        launcher = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         try:
-            done = subprocess.run(
-                command, env=environment(), cwd=ROOT, timeout=timeout, capture_output=True, text=True, check=False
-            )
-            failure = f"exit status {done.returncode}\n{done.stderr[-TAIL:]}" if done.returncode else ""
+            _, errors = launcher.communicate(timeout=timeout)
+            failure = f"exit status {launcher.returncode}\n{errors[-TAIL:]}" if launcher.returncode else ""
         except subprocess.TimeoutExpired:
             failure = f"no end after {timeout} s"
+            _end(launcher)
         outputs = {
             f"{path.parent.name}/{path.name}": path.read_text(errors="replace")
             for path in sorted(Path(logs).rglob("std*.log"))
@@ -54,7 +59,17 @@ def run_ranks(target: Path | str, ranks: int, *args: str, timeout: float = 240.0
     return outputs.get("0/stdout.log", "")
 
 
-def run_python(script: str, *args: str, timeout: float = 120.0, **extra: str) -> subprocess.CompletedProcess[str]:
+def _end(launcher: subprocess.Popen[str]) -> None:
+    """Kill the launcher and its ranks, which lead process groups of their own."""
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+    launcher.communicate()
+
+
+def run_python(script: str, *args: str, timeout: float = 300.0, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run source text in a fresh process of one rank."""
     return subprocess.run(
         [sys.executable, "-c", script, *args],

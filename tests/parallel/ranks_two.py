@@ -144,6 +144,21 @@ def test_forward_only_tells_the_first_stage(place: Any) -> None:
     assert all(parameter.grad is None for parameter in learner.model.parameters())
 
 
+def test_a_reference_model_runs_through_the_same_schedule(place: Any) -> None:
+    runtime = place(Layout(pp=2))
+    learner, reference = learner_of(runtime, Layout(pp=2)), build_toy(Layout(pp=2))
+    fill_by_name(reference)
+
+    def logits(model: Any, batch: Any, output: Any) -> Any:
+        return output[:, 0]
+
+    batches = toy_batches(3)
+    mine = learner.forward_only(batches, logits, broadcast=True)
+    theirs = learner.forward_only(batches, logits, model=reference, broadcast=True)
+    assert [len(entry) for entry in theirs] == [16, 24, 16]
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
 def test_a_part_that_lies_on_one_stage_can_be_frozen(place: Any) -> None:
     runtime = place(Layout(pp=2))
     learner = learner_of(runtime, Layout(pp=2), Optim(), freeze=["vision"])

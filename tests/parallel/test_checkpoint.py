@@ -135,6 +135,12 @@ def test_contents_and_state(saved: tuple[Path, Any]) -> None:
     assert b"/" + str(path.parent.name).encode() not in (path / ".metadata").read_bytes()
 
 
+def test_an_altered_state_is_not_read(saved: tuple[Path, Any]) -> None:
+    flip(saved[0] / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json was changed"):
+        checkpoint.read_state(saved[0])
+
+
 def test_no_object_is_pickled(saved: tuple[Path, Any]) -> None:
     contents = sharded_files.read_metadata(saved[0])
     assert all(type(entry).__name__ == "TensorStorageMetadata" for entry in contents.state_dict_metadata.values())

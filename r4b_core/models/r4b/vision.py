@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -18,15 +19,15 @@ from r4b_core.models.streams import VisionStream
 from r4b_core.parallel.device import device
 
 
-class VisionTower(nn.Module):
+class VisionTower(MegatronModule):
     """Patches [P, C] -> features [P, Hv]. The patch convolution is one linear; positions are a learned table.
 
     LLaVA-OneVision takes the last layer's output before the tower's final norm, so there is none here.
     """
 
     def __init__(self, config: R4BConfig, parallel: ParallelConfig, dtype: str) -> None:
-        super().__init__()
         settings = TransformerConfig(**vision_settings(config, parallel, dtype))
+        super().__init__(config=settings)
         options = dict(dtype=settings.params_dtype, device=device())
         self.grid = config.vision_grid
         self.patch_embed = nn.Linear(config.patch_dim, config.vision_hidden_size, **options)
@@ -55,12 +56,12 @@ class VisionTower(nn.Module):
         return torch.cat(index).to(image_grid.device)
 
 
-class Projector(nn.Module):
+class Projector(MegatronModule):
     """Features [P, Hv] -> decoder inputs [P, H]: LayerNorm, Linear, GELU, Linear (R-4B appendix B.1)."""
 
     def __init__(self, config: R4BConfig, parallel: ParallelConfig, dtype: str) -> None:
-        super().__init__()
         settings = TransformerConfig(**vision_settings(config, parallel, dtype))
+        super().__init__(config=settings)
         options = dict(dtype=settings.params_dtype, device=device())
         self.pre_norm = LayerNorm(settings, config.vision_hidden_size)
         self.linear_1 = nn.Linear(config.vision_hidden_size, config.hidden_size, **options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from r4b_kernels import scatter_vision
 from r4b_kernels.layout import PrefixLayout
 
 _NOT_FORCED = -1
+_END = object()
 
 
 class EmbeddedEngine:
@@ -53,29 +55,43 @@ class EmbeddedEngine:
         Raises:
             ValueError: if the budget does not hold the forced tokens of a mode.
         """
+        self._check_budget(requests, params)
+        if not requests:
+            return []
+        with self._eval_mode():
+            cache, prompt_logits = self._prefill(prompts)
+            return _ContinuousBatch(self, cache, prompt_logits, requests, params).run()
+
+    # As a decorator on a generator, no_grad holds inside only: whoever reads the stream keeps gradients.
+    @torch.no_grad()
+    def stream(self, prompt: EncodedPrompt, request: Request, params: SamplingParams) -> Iterator[int]:
+        """The tokens of one response as they are drawn (``request.prompt`` is 0). Raises like `generate`."""
+        self._check_budget([request], params)
+        with self._eval_mode():
+            cache, prompt_logits = self._prefill([prompt])
+            batch = _ContinuousBatch(self, cache, prompt_logits, [request], params)
+        steps = batch.steps()
+        while True:
+            with self._eval_mode():
+                if next(steps, _END) is _END:
+                    return
+            yield int(batch.tokens[0, batch.last_step])
+
+    def _check_budget(self, requests: Sequence[Request], params: SamplingParams) -> None:
         longest = max((len(self.mode_tokens.forced(request.mode)) for request in requests), default=0)
         if params.max_new_tokens <= longest:
             raise ValueError(
                 f"max_new_tokens={params.max_new_tokens}: the forced tokens of a mode take {longest}; raise it"
             )
-        if not requests:
-            return []
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            cache, prompt_logits = self._prefill(prompts)
-            return _ContinuousBatch(self, cache, prompt_logits, requests, params).run()
+            yield
         finally:
             self.model.train(was_training)
-
-    def stream(self, prompt: EncodedPrompt, request: Request, params: SamplingParams) -> Iterator[int]:
-        """The tokens of one response as they are drawn."""
-        self.model.eval()
-        with torch.no_grad():
-            cache, prompt_logits = self._prefill([prompt])
-            batch = _ContinuousBatch(self, cache, prompt_logits, [request], params)
-            for _ in batch.steps():
-                yield int(batch.tokens[0, batch.last_step])
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[PromptCache, Tensor]:
         """Keys and values of all prompts, and the logits [G, V] of each prompt's next token."""

@@ -22,11 +22,22 @@ class SamplingParams:
         max_new_tokens: budget, forced tokens included.
         temperature: 0 is greedy; log-probs are those of the distribution sampled from (temperature 1 for greedy).
         top_p: nucleus, 1 keeps everything; behaviour log-probs stay those of the full distribution.
+
+    Raises:
+        ValueError: if a value is out of its range.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: a response has at least one token")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: must be positive, or 0 for greedy decoding")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 keeps every token)")
 
 
 @dataclass(frozen=True)

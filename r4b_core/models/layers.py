@@ -119,7 +119,7 @@ def split_qkv(attention: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, 
 
 
 class GatedMLP(MLP):
-    """SwiGLU MLP. Named in specs as a class, since Megatron warns about a ModuleSpec of an MLP that it does not know."""
+    """SwiGLU MLP; a spec names the class itself, since Megatron warns of a ModuleSpec with an MLP it does not know."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(

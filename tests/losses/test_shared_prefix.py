@@ -105,9 +105,7 @@ def test_sharing_changes_neither_loss_nor_gradients(name: str, dtype: torch.dtyp
     head = HEADS[name]
     model = small_model(dtype=dtype)
     config = head.config if isinstance(head, PolicyHead) else BpoConfig()
-    results = {
-        layout: update(model, batches, head) for layout, batches in layouts(*groups_of(model, config)).items()
-    }
+    results = {layout: update(model, batches, head) for layout, batches in layouts(*groups_of(model, config)).items()}
     sums, grads = results.pop("one by one")
     if isinstance(head, PolicyHead):
         assert 0 < sums[-2] < sums[-1], "some rows are clipped and some are not"

@@ -1,4 +1,4 @@
-"""What a forward pass needs besides weights: batches without images, padding, and attention that comes with the stream."""
+"""What a forward pass meets besides weights: batches without images or without anything, padding, several images."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ Families: ``easy`` (one look: reading, counting, boards whose last tile is a *se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from r4b_core.config.recipe import Recipe
 from r4b_core.data.boards import make_samples
@@ -24,6 +25,8 @@ from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.types import Group, Request, Rollout, SamplingParams
 
 FAMILIES = ("easy", "mid", "hard")
+REPORTED = ("easy", "hard")
+FIGURES = ("accuracy", "mean_tokens", "thinking_rate")
 MODES = (Mode.DIRECT, Mode.THINKING, Mode.AUTO)
 MIX = {"read": 1.0, "count": 1.0, "value": 1.0}
 
@@ -56,11 +59,9 @@ class Evaluation:
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
         """The figures of summary.json: families easy and hard; accuracy, mean_tokens and thinking_rate."""
-        keys = ("accuracy", "mean_tokens", "thinking_rate")
-        return {
-            family: {mode: {key: asdict(cell)[key] for key in keys} for mode, cell in self.cells[family].items()}
-            for family in ("easy", "hard")
-        }
+        table = table_of(self.metrics())
+        assert table is not None
+        return table
 
     def metrics(self) -> dict[str, float]:
         """The same and more as ``eval/{family}/{mode}/{figure}`` and ``eval/{family}/shuffled_images/accuracy``."""
@@ -71,6 +72,16 @@ class Evaluation:
             for figure, value in asdict(cell).items()
         }
         return rows | {f"eval/{family}/shuffled_images/accuracy": value for family, value in self.shuffled.items()}
+
+
+def table_of(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]] | None:
+    """``Evaluation.table()`` from a line of metrics.jsonl; None if the line is of something else."""
+    if f"eval/{REPORTED[0]}/{MODES[0]}/{FIGURES[0]}" not in metrics:
+        return None
+    return {
+        family: {mode.value: {key: metrics[f"eval/{family}/{mode}/{key}"] for key in FIGURES} for mode in MODES}
+        for family in REPORTED
+    }
 
 
 def evaluate(recipe: Recipe, runtime: Runtime, tokenizer: Tokenizer, engine: EmbeddedEngine) -> Evaluation:

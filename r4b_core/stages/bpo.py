@@ -30,6 +30,7 @@ from r4b_core.rollout.types import Group, Request, SamplingParams
 from r4b_core.stages.anneal import packing
 from r4b_core.stages.job import Job, Stage, mean_metrics
 from r4b_core.telemetry.bimode import bimode_metrics, probe_metrics
+from r4b_core.telemetry.locate import REFERENCE
 from r4b_kernels import group_advantage
 
 ROLLOUT_STREAM, PROBE_STREAM = 1, 2
@@ -59,8 +60,8 @@ def bpo(job: Job) -> None:
                 if config.old_logprob == "recompute":
                     add_column(job, stage, batches, "old_logprob", job.model)
             with timeline("update"):
-                for _ in range(config.epochs):
-                    result = stage.learner.step(batches, head)
+                updates = [stage.learner.step(batches, head) for _ in range(config.epochs)]
+            result = next((update for update in updates if update.skipped), updates[-1])
 
             values |= bimode_metrics(groups, job.tokenizer.mode_tokens)
             if step % job.recipe.telemetry.rollouts_every == 0:
@@ -166,9 +167,12 @@ def pack(job: Job, groups: list[Group], prompts: list[EncodedPrompt]) -> list[Pa
 
 def reference_model(job: Job, stage: Stage) -> R4BModel:
     """The policy as it was before the first update; kept beside the checkpoints for resumed runs."""
-    folder, reference = job.checkpoints("reference"), job.new_model()
+    folder, reference = job.checkpoints(REFERENCE), job.new_model()
     if stage.done == 0:
-        checkpoint.save(folder, 0, stage.learner, {}, keep=1)
+        try:
+            checkpoint.save(folder, 0, stage.learner, {}, keep=1)
+        except checkpoint.CheckpointWriteError as error:
+            raise ValueError(f"the reference policy must be on disk before BPO begins: {error}") from error
         reference.load_state_dict(job.model.state_dict())
     else:
         path = checkpoint.latest(folder)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import yaml
 
 from r4b_core.config.recipe import OptimConfig, Recipe
 from r4b_core.data.boards import fingerprint
@@ -18,7 +22,7 @@ from r4b_core.parallel import checkpoint
 from r4b_core.parallel.learner import Learner, StepResult
 from r4b_core.parallel.runtime import Runtime
 from r4b_core.telemetry.locate import STAGES, ResumePoint, checkpoints, locate
-from r4b_core.telemetry.run import RunFolder
+from r4b_core.telemetry.run import RECIPE, RunFolder, stage_steps
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,10 +30,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that stages read between steps; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag that stages read between steps; a second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    ``quiet`` says nothing when the first one comes.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
         self.requested = False
+        self.quiet = quiet
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -44,7 +52,50 @@ class StopSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested and not self.quiet:
+            # Not print(): a handler may interrupt one that is under way.
+            os.write(2, b"stopping after this step; Ctrl-C again stops at once, without saving\n")
         self.requested = True
+
+
+def check_resume(recipe: Recipe, run_dir: Path, point: ResumePoint) -> None:
+    """Can the run in ``run_dir`` go on from ``point`` under this recipe? To be asked before anything is written.
+
+    Raises:
+        ValueError: another recipe, model, seed or data set, or a stage that is shorter than what was done of it.
+    """
+    before = yaml.safe_load((run_dir / RECIPE).read_text(encoding="utf-8")) if (run_dir / RECIPE).exists() else {}
+    if before.get("name", recipe.name) != recipe.name:
+        raise ValueError(
+            f"--run {run_dir}: holds a run of the recipe {before['name']}, and this one is {recipe.name}: "
+            "give this run a folder of its own"
+        )
+    now = recipe.model_dump(mode="json")["model"]
+    changed = [name for name in ("family", "size", "shape", "dtype") if before.get("model", now)[name] != now[name]]
+    if changed:
+        raise ValueError(
+            f"model.{changed[0]}: {point.path} has {before['model'][changed[0]]!r} and the recipe says "
+            f"{now[changed[0]]!r}: resume with the same model, or start a new run folder"
+        )
+    state = checkpoint.read_state(point.path)
+    if state["seed"] != recipe.seed:
+        raise ValueError(
+            f"seed: {point.path} was trained with seed {state['seed']} and the recipe says {recipe.seed}: "
+            "resume with the same seed, or start a new run folder"
+        )
+    found = fingerprint(recipe.data, "train")
+    if state["fingerprint"] != found:
+        raise ValueError(
+            f"data: {point.path} was trained on another data set (fingerprint {state['fingerprint'][:12]}, now "
+            f"{found[:12]}), so its position in the data means nothing here: restore the data and its settings, or "
+            "start a new run folder"
+        )
+    steps = stage_steps(recipe)[point.stage]
+    if point.step > steps:
+        raise ValueError(
+            f"{point.stage}.steps: the recipe asks for {steps} and {point.path} is already past them: ask for "
+            f"{point.step} or more, or start a new run folder"
+        )
 
 
 class Job:
@@ -76,6 +127,21 @@ class Job:
     def checkpoints(self, stage: str) -> Path:
         return checkpoints(self.run.path, stage)
 
+    def stop_if_asked(self, where: str, saved: bool = True) -> None:
+        """End the run here if Ctrl-C or SIGTERM came. A collective of all ranks.
+
+        Raises:
+            Interrupted: saying how to go on.
+        """
+        if not self.runtime.any(self.stop.requested):
+            return
+        state = "the state is saved" if saved else "the state could not be saved, the checkpoint before it stands"
+        run, launcher = self.run.path, "r4b"
+        if self.runtime.world > 1:
+            launcher = f"torchrun --nproc-per-node={self.runtime.world} -m r4b_core.cli.main"
+        command = f"{launcher} train {shlex.quote(str(run / RECIPE))} --run {shlex.quote(str(run))}"
+        raise Interrupted(f"stopped after {where}; {state}. Go on with: {command}")
+
     def begin(self, stage: str, optim: OptimConfig, steps: int, freeze: Sequence[str] = ()) -> Stage:
         """A learner on a copy of the current weights, at the step where the stage stopped or at its start."""
         model = self.new_model()
@@ -93,23 +159,8 @@ class Stage:
         self.job, self.name, self.learner, self.steps = job, name, learner, steps
         self.done = 0
         if job.resume is not None and job.resume.stage == name:
-            state = checkpoint.load(job.resume.path, learner)
-            self._check(state, job.resume.path)
-            self.done = state["step"]
+            self.done = checkpoint.load(job.resume.path, learner)["step"]
         self._started = time.perf_counter()
-
-    def _check(self, state: dict[str, Any], path: Path) -> None:
-        if state["fingerprint"] != self.job.fingerprint:
-            raise ValueError(
-                f"data: {path} was trained on another data set (fingerprint {state['fingerprint'][:12]}, now "
-                f"{self.job.fingerprint[:12]}), so its position in the data means nothing here: restore the data and "
-                "its settings, or start a new run folder"
-            )
-        if state["seed"] != self.job.recipe.seed:
-            raise ValueError(
-                f"seed: {path} was trained with seed {state['seed']} and the recipe says {self.job.recipe.seed}: "
-                "resume with the same seed, or start a new run folder"
-            )
 
     def remaining(self) -> Iterator[int]:
         """Step numbers still to do; between two of them the state is saved when it is due or a stop was asked for."""
@@ -122,16 +173,7 @@ class Stage:
             due = self.done % job.recipe.checkpoint.every == 0 or self.done == self.steps
             if due or stopping:
                 saved = self.save()
-                if stopping and self.done < self.steps:
-                    raise Interrupted(self._farewell(saved))
-
-    def _farewell(self, saved: bool) -> str:
-        run = self.job.run.path
-        state = "the state is saved" if saved else "the state could not be saved, the checkpoint before it stands"
-        return (
-            f"stopped after {self.name} step {self.done} of {self.steps}; {state}. "
-            f"Go on with: r4b train {run / 'recipe.resolved.yaml'} --run {run}"
-        )
+                job.stop_if_asked(f"{self.name} step {self.done} of {self.steps}", saved)
 
     def log(self, result: StepResult, values: dict[str, float], tokens: int) -> None:
         """One line of metrics for the step in progress."""
@@ -147,6 +189,7 @@ class Stage:
         job = self.job
         state = {"stage": self.name, "step": self.done, "fingerprint": job.fingerprint, "seed": job.recipe.seed}
         with job.run.timeline("checkpoint"):
+            job.run.metrics.sync()
             try:
                 checkpoint.save(
                     job.checkpoints(self.name), self.done, self.learner, state, keep=job.recipe.checkpoint.keep

@@ -12,14 +12,16 @@ from typing import Any
 import psutil
 
 from r4b_core.config.load import ResolvedRecipe
-from r4b_core.evaluate.suite import evaluate
+from r4b_core.evaluate.suite import evaluate, table_of
+from r4b_core.parallel import manifest
 from r4b_core.parallel import runtime as parallel_runtime
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.stages.anneal import anneal, pretrain
 from r4b_core.stages.bpo import bpo
-from r4b_core.stages.job import Job, StopSignal
+from r4b_core.stages.job import Job, StopSignal, check_resume
 from r4b_core.telemetry.files import write_atomic
-from r4b_core.telemetry.locate import find_resume_point
+from r4b_core.telemetry.locate import REFERENCE, STAGES, checkpoints, find_resume_point
+from r4b_core.telemetry.metrics import read_metrics
 from r4b_core.telemetry.report import write_report
 from r4b_core.telemetry.run import RunFolder, stage_steps
 
@@ -36,7 +38,8 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
         The summary, as written to summary.json.
 
     Raises:
-        ValueError: ``resume="never"`` and the folder holds a run; a layout that does not fit; changed data.
+        ValueError: ``resume="never"`` and the folder holds a run; a layout that does not fit; a recipe that the run in
+            the folder cannot go on under.
         Interrupted: after Ctrl-C, once the state is saved.
     """
     recipe, run_dir = resolved.recipe, Path(run_dir)
@@ -45,9 +48,13 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
         raise ValueError(
             f"--run {run_dir}: holds a run (checkpoint {point.path.name}); give a new folder or --resume auto"
         )
+    if point is not None:
+        check_resume(recipe, run_dir, point)
     ranks = parallel_runtime.start(recipe.parallel, seed=recipe.seed)
     try:
-        with StopSignal() as stop, RunFolder(run_dir, active=ranks.is_main) as run:
+        with StopSignal(quiet=not ranks.is_main) as stop, RunFolder(run_dir, active=ranks.is_main) as run:
+            if ranks.is_main:
+                remove_leftovers(run_dir, recipe.checkpoint.keep)
             run.start(recipe, resumed_at=(point.stage, point.step) if point else None)
             job = Job(recipe, ranks, run, stop, point)
             clock = Clock(run_dir if ranks.is_main else None, fresh=point is None)
@@ -55,10 +62,11 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
                 pretrain(job)
             with clock("anneal"):
                 anneal(job)
-            before = evaluate_once(job, "before_bpo", clock)
+            before = evaluate_once(job, "anneal", clock)
+            job.stop_if_asked("the evaluation before BPO")
             with clock("bpo"):
                 bpo(job)
-            after = evaluate_once(job, "after_bpo", clock) if recipe.bpo.steps else before
+            after = evaluate_once(job, "bpo", clock) if recipe.bpo.steps else before
             summary = {
                 "before_bpo": before,
                 "after_bpo": after,
@@ -73,26 +81,45 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
         ranks.stop()
 
 
-def evaluate_once(job: Job, name: str, clock: Clock) -> dict[str, Any]:
-    """Evaluate the current weights, or read what an earlier start of this run found."""
-    path = job.run.path / "evaluations" / f"{name}.json"
-    known = job.runtime.broadcast_object(
-        json.loads(path.read_text()) if job.runtime.is_main and path.exists() else None
-    )
-    if known is not None and job.resume is not None:
+def remove_leftovers(run_dir: Path, keep: int) -> None:
+    """Remove what a killed run left: half-written files and folders, and checkpoints that it had yet to prune."""
+    for stage in (*STAGES, REFERENCE):
+        manifest.prune(checkpoints(run_dir, stage), keep)
+    for folder in (run_dir, run_dir / "rollouts"):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def evaluate_once(job: Job, stage: str, clock: Clock) -> dict[str, Any]:
+    """Evaluate the current weights, those at the end of ``stage``; or read what an earlier start of this run found.
+
+    metrics.jsonl is the only record: it is cut back to the checkpoint that a run goes on from, so an evaluation that
+    is still in it is one of these weights.
+
+    Raises:
+        ValueError: the evaluation before BPO is missing from a run that is past it, whose weights are gone.
+    """
+    step = stage_steps(job.recipe)[stage]
+    known = None
+    if job.runtime.is_main and job.resume is not None:
+        lines = read_metrics(job.run.metrics.path)
+        tables = [table_of(line) for line in lines if (line["stage"], line["step"]) == (stage, step)]
+        known = next((table for table in tables if table is not None), None)
+    known = job.runtime.broadcast_object(known)
+    if known is not None:
         return known
+    if job.is_past(stage):
+        raise ValueError(
+            f"{job.run.metrics.path}: the evaluation at {stage} step {step} is missing, and the run is past it: "
+            f"restore the file and {stage}.steps, or start a new run folder"
+        )
     with clock("evaluate"), job.run.timeline("evaluate"):
         engine = EmbeddedEngine(
             job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch
         )
         evaluation = evaluate(job.recipe, job.runtime, job.tokenizer, engine)
-    stage = "anneal" if name == "before_bpo" else "bpo"
-    job.run.metrics.log(stage, stage_steps(job.recipe)[stage], evaluation.metrics())
-    table = evaluation.table()
-    if job.runtime.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(table, indent=2) + "\n")
-    return table
+    job.run.metrics.log(stage, step, evaluation.metrics())
+    return evaluation.table()
 
 
 class Clock:

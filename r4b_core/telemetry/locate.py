@@ -9,6 +9,7 @@ from r4b_core.parallel import checkpoint
 from r4b_core.telemetry.run import RECIPE
 
 STAGES = ("pretrain", "anneal", "bpo")
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def locate(path: Path) -> tuple[Path, Path]:
     if (path / RECIPE).is_file():
         point = find_resume_point(path)
         if point is None:
-            raise ValueError(f"{path}: no complete checkpoint yet; train it with: r4b train --run {path}")
+            raise ValueError(
+                f"{path}: no complete checkpoint yet; train it with: r4b train {path / RECIPE} --run {path}"
+            )
         return point.path, path / RECIPE
     recipe = path.parent.parent.parent / RECIPE
     if path.is_dir() and recipe.is_file():

@@ -15,6 +15,7 @@ call in Megatron-Core                                 on a CPU
 ``torch.zeros(..., device="cuda")`` and the like      the same on the CPU, ``pin_memory`` dropped
 ``tensor.cuda()``                                     the tensor itself
 ``tensor.type()``                                     the name of the CUDA type (compared with strings only)
+gloo process groups                                   one device, so one polling thread, for all of them
 ``@jit_fuser``, ``@torch.compile``                    the plain function: no compiler runs on a CPU
 ====================================================  ==================================================================
 
@@ -121,7 +122,26 @@ def activate() -> None:
         if _is_megatron(name):
             _adapt(module, stand_in)
     _patch_tensor_methods()
+    _share_gloo_device()
     _active = True
+
+
+def _share_gloo_device() -> None:
+    """Let all gloo groups of this process share one device.
+
+    Each would make its own otherwise, whose thread polls a hundred times a second: Megatron-Core makes dozens of groups,
+    and on a small machine the polling alone takes most of its time.
+    """
+    gloo = torch.distributed.ProcessGroupGloo
+    shared = gloo.create_default_device()
+
+    class SharedDeviceGloo(gloo):  # type: ignore[misc, valid-type]
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+            options = gloo._Options()
+            options._devices, options._timeout, options._threads = [shared], timeout, 1
+            super().__init__(store, rank, size, options)
+
+    torch.distributed.distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
 
 
 def _silence() -> None:
@@ -129,6 +149,8 @@ def _silence() -> None:
         warnings.filterwarnings("ignore", message=pattern)
     for pattern in _HARMLESS_IN_MEGATRON:
         warnings.filterwarnings("ignore", message=pattern, module=r"megatron\.")
+    # It warns of every MLP that is not its own class, ours among them.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # Its tracker keeps "GPU" states in the CPU generator here, so it warns at each fork.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

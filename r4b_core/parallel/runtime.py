@@ -5,6 +5,7 @@ Rank order, fastest first: tensor, context, data, pipeline.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from dataclasses import dataclass
@@ -218,6 +219,8 @@ def _stop() -> None:
     parallel_state.destroy_model_parallel()
     # Megatron-Core forgets its groups without closing them; each would keep its sockets and threads.
     world = dist.group.WORLD
+    # Models of this layout hold its groups in reference cycles, and a group that lives keeps its threads.
+    gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not world:
             dist.destroy_process_group(group)

@@ -66,9 +66,9 @@ class ForkServer:
         """Run `r4b` with the arguments.
 
         Args:
-            events: a chain of places; each counts from when the one before was reached, and the last one acts. ``at``
-                is "module:function", ``nth`` its call, ``match`` a pattern that the call's arguments must hold,
-                ``when`` "before" or "after" the call, ``do`` "KILL", "INT", "TERM", or a test's "module:function".
+            events: a chain of places; each counts from when the one before was reached. ``at`` is "module:function",
+                ``nth`` its call, ``match`` a pattern that the call's arguments must hold, ``when`` "before" or "after"
+                the call, ``do`` "KILL" (what the last one does by default), "INT", "TERM", or a "module:function".
             cwd: where the command is run.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -141,11 +141,12 @@ def _arm(events: list[dict[str, Any]]) -> None:
     def act() -> None:
         if rest:
             _arm(rest)
-        elif first.get("do", "KILL") in ("KILL", "INT", "TERM"):
+        deed = first.get("do", "" if rest else "KILL")
+        if deed in ("KILL", "INT", "TERM"):
             sys.stdout.flush()
-            os.kill(os.getpid(), signal.Signals["SIG" + first.get("do", "KILL")])
-        else:
-            holder, function = _resolve(first["do"])
+            os.kill(os.getpid(), signal.Signals["SIG" + deed])
+        elif deed:
+            holder, function = _resolve(deed)
             getattr(holder, function)()
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,8 @@ import typer
 
 from r4b_core.cli.arguments import Overrides, RecipeName
 
+RUN_HELP = "The run folder; write --run-dir under torchrun, which takes --run for its own. (default: runs/NAME)"
+
 
 class Resume(StrEnum):
     auto = "auto"
@@ -19,7 +21,7 @@ class Resume(StrEnum):
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="The run folder. (default: runs/NAME)")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-dir", help=RUN_HELP)] = None,
     resume: Annotated[
         Resume, typer.Option(help="auto goes on from the newest complete checkpoint; never wants a new folder.")
     ] = Resume.auto,

@@ -129,6 +129,15 @@ def test_train_passes_the_resolved_recipe_on(stub: Any, tmp_path: Path) -> None:
     assert (resolved.recipe.bpo.steps, folder, options) == (9, tmp_path, {"resume": "never"})
 
 
+def test_torchrun_leaves_our_options_alone() -> None:
+    """torchrun's parser takes an option of ours that is a prefix of one of its own for that one, even after -m."""
+    from torch.distributed.run import get_args_parser
+
+    ours = ["train", "smoke", "bpo.steps=1", "--run-dir", "here", "--resume", "never", "--debug"]
+    parsed = get_args_parser().parse_args(["--nproc-per-node=2", "-m", "r4b_core.cli.main", *ours])
+    assert parsed.training_script_args == ours
+
+
 def test_train_names_the_run_folder_after_the_recipe(stub: Any) -> None:
     calls = stub("r4b_core.stages.run", "run_recipe")
     assert run("train", "smoke").exit_code == 0

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from r4b_core.config.recipe import ParallelConfig
+from r4b_core.parallel import runtime
+from r4b_core.parallel.runtime import Runtime
 from tests.stages.fork_server import ForkServer
 from tests.stages.runs import SMALL
+from tests.stages.trials import Lab
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Runtime]:
+    """A world of one."""
+    started = runtime.start(ParallelConfig(), seed=0)
+    gc.collect()
+    gc.freeze()  # every stage collects garbage, and what pytest has loaded is none
+    yield started
+    gc.unfreeze()
+    started.stop()
+
+
+@pytest.fixture
+def lab(ranks: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    return Lab(ranks, tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

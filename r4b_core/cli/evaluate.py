@@ -11,7 +11,7 @@ from r4b_core.cli.arguments import RunOrCheckpoint
 
 def evaluate(
     run: RunOrCheckpoint,
-    items: Annotated[int | None, typer.Option(min=1, help="Items per family and mode. (default: the recipe's)")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Items per family and mode. (default: the recipe's)")] = None,
 ) -> None:
     """Evaluate a trained model in all three modes."""
     from r4b_core.evaluate.run import evaluate_run

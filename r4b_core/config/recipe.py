@@ -155,7 +155,7 @@ class PackingConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    items: int = Field(256, ge=1, description="held-out items per family and mode")
+    items: int = Field(256, ge=2, description="held-out items per family and mode; two, to exchange their images")
     batch: int = Field(128, ge=1, description="requests decoded together")
 
 

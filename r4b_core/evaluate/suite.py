@@ -107,7 +107,8 @@ def evaluate(recipe: Recipe, runtime: Runtime, tokenizer: Tokenizer, engine: Emb
 
 
 def deal_images(samples: list[Sample]) -> list[Sample]:
-    """Every question with the next sample's image: a model that looks must now fail."""
+    """Every question with the next sample's image: a model that looks must now fail. At least two samples."""
+    assert len(samples) > 1
     return [replace(sample, images=samples[(i + 1) % len(samples)].images) for i, sample in enumerate(samples)]
 
 

@@ -54,7 +54,7 @@ def make_room(run: Path, resolved: ResolvedRecipe) -> None:
     if not run.exists() or not any(run.iterdir()):
         return
     recipe_file = run / "recipe.resolved.yaml"
-    named = recipe_file.is_file() and f"name: {resolved.recipe.name}\n" in recipe_file.read_text()
+    named = recipe_file.is_file() and f"name: {resolved.recipe.name}" in recipe_file.read_text().splitlines()
     if not named:
         raise ValueError(f"--run {run}: holds something other than a {resolved.recipe.name} run; name another folder")
     if (run / "summary.json").exists():

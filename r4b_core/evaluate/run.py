@@ -18,7 +18,9 @@ def evaluate_run(run: Path, *, items: int | None = None) -> Evaluation:
         if items is not None:
             recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"items": items})})
         evaluation = evaluate(recipe, trained.runtime, trained.tokenizer, trained.engine)
-        Console(quiet=not trained.runtime.is_main).print(evaluation_table(evaluation, f"{trained.path}, {recipe.evaluate.items} items per family"))
+        Console(quiet=not trained.runtime.is_main).print(
+            evaluation_table(evaluation, f"{trained.path}, {recipe.evaluate.items} items per family")
+        )
     return evaluation
 
 

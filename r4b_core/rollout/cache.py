@@ -1,6 +1,8 @@
 """The key-value cache of the embedded engine: every prompt once, every response its own.
 
-Shapes: G prompts, P longest prompt, N active requests, M longest response so far, Hq/Hk heads on this rank, D head dim.
+Shapes: G prompts, P longest prompt, N rows (responses being decoded), M most tokens of a response, Hk key/value heads
+on this rank, s query heads per key/value head, D head dim. Heads come first, so that what one prompt's responses ask of
+its keys is one matrix product without a copy of the keys.
 """
 
 from __future__ import annotations
@@ -13,20 +15,30 @@ from torch import Tensor
 from r4b_kernels import prefix_attention
 from r4b_kernels.layout import PrefixLayout
 
+_NEVER = float("-inf")
+
 
 @dataclass
 class PromptCache:
     """Keys and values of all prompts, per local layer.
 
     Attributes:
-        keys: per layer [G, Hk, D, P] (transposed, as the product wants it).
-        values: per layer [G, Hk, P, D].
+        keys: per layer [Hk, G, D, P] (transposed, as the product wants it).
+        values: per layer [Hk, G, P, D].
         lengths: int64 [G].
     """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     lengths: Tensor = None  # type: ignore[assignment]
+
+    def select(self, prompts: Tensor) -> PromptCache:
+        """A copy of some prompts' entries, int64 ascending."""
+        return PromptCache(
+            [key.index_select(1, prompts) for key in self.keys],
+            [value.index_select(1, prompts) for value in self.values],
+            self.lengths[prompts],
+        )
 
 
 @dataclass
@@ -42,100 +54,146 @@ class PrefillStream:
     cache: PromptCache
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.cache.keys.append(key[self.index].permute(0, 2, 3, 1).contiguous())
-        self.cache.values.append(value[self.index].permute(0, 2, 1, 3).contiguous())
+        self.cache.keys.append(key[self.index].permute(2, 0, 3, 1).contiguous())
+        self.cache.values.append(value[self.index].permute(2, 0, 1, 3).contiguous())
         return prefix_attention(query, key, value, self.layout)
 
 
 class ResponseCache:
-    """Keys and values of the active responses; rows move up when a response ends, so row n is always request n.
+    """Keys and values of the rows, and how the rows find their prompts'.
 
-    A query reads its prompt's keys where they are: the queries of one prompt's responses are laid side by side, so the
-    prompt's cache is never copied per response.
+    All rows write a step's key into the same column, the step's number modulo M: no row lives for more than M steps, and
+    attention does not care for the order of its keys. Rows are sorted by prompt. Where all prompts in work have equally
+    many rows, the rows are the grid [prompt, place] as they lie; else queries and results go through an index.
     """
 
-    def __init__(self, prompts: PromptCache, rows: int, max_length: int) -> None:
-        self.prompts = prompts
-        self.keys = [self._empty(key, rows, max_length) for key in prompts.values]
-        self.values = [self._empty(value, rows, max_length) for value in prompts.values]
-        self.lengths = torch.zeros(0, dtype=torch.int64)
-        self.prompt = torch.zeros(0, dtype=torch.int64)
-        self._arrange()
+    def __init__(self, prompts: PromptCache, max_length: int) -> None:
+        self.all_prompts = self.prompts = prompts
+        self.keys = [self._empty(value, max_length) for value in prompts.values]
+        self.values = [self._empty(value, max_length) for value in prompts.values]
+        self.max_length = max_length
+        self.time = 0
+        self._prompt = self._start = torch.zeros(0, dtype=torch.int64)
 
     @staticmethod
-    def _empty(like: Tensor, rows: int, max_length: int) -> Tensor:
-        return like.new_zeros(rows, like.shape[1], max_length, like.shape[3])
+    def _empty(like: Tensor, max_length: int) -> Tensor:
+        return like.new_zeros(like.shape[0], 0, max_length, like.shape[3])
 
-    def admit(self, prompt: Tensor) -> None:
-        """Add empty rows for requests of the given prompts, int64 [n]."""
-        self.prompt = torch.cat([self.prompt, prompt])
-        self.lengths = torch.cat([self.lengths, torch.zeros_like(prompt)])
-        self._arrange()
+    def rearrange(self, kept: Tensor, admitted: Tensor, more_to_come: bool) -> Tensor:
+        """Keep some rows and add empty ones.
 
-    def retain(self, rows: Tensor) -> None:
-        """Keep only the given rows, int64 [n] ascending."""
-        if len(rows) == len(self.lengths):
+        Args:
+            kept: int64 [k], rows to keep.
+            admitted: int64 [n], the prompts of new rows.
+            more_to_come: whether prompts without rows may be asked for later; if not, they are forgotten.
+
+        Returns:
+            int64 [k + n], for every new row its place in ``cat(kept, admitted)``.
+        """
+        prompt = torch.cat([self._prompt[kept], admitted])
+        # Where old rows decode their last token first, new ones idle for that step.
+        start = torch.cat([self._start[kept], torch.full_like(admitted, self.time + (len(kept) > 0))])
+        order = torch.argsort(prompt, stable=True)
+        source = torch.cat([kept, torch.zeros_like(admitted)])[order]
+        self._start = start[order]
+        # A new row's columns hold whatever was there: they are masked until they are written.
+        pick = _pick if len(self._prompt) else _zeros
+        self.keys = [pick(key, source) for key in self.keys]
+        self.values = [pick(value, source) for value in self.values]
+        self._prompt = prompt[order]
+        self._find_prompts(more_to_come)
+        self._mask()
+        return order
+
+    def _find_prompts(self, more_to_come: bool) -> None:
+        active, group, counts = torch.unique_consecutive(self._prompt, return_inverse=True, return_counts=True)
+        self.prompts = self.all_prompts
+        if len(active) < len(self.all_prompts.lengths):
+            self.prompts = self.all_prompts.select(active)
+        if not more_to_come:
+            self.all_prompts, self._prompt = self.prompts, group
+        self.width = int(counts.max())
+        self.grid: Tensor | None = None
+        if int(counts.min()) != self.width:
+            place = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]
+            self.grid_row = group * self.width + place
+            self.grid = torch.zeros(len(active) * self.width, dtype=torch.int64)
+            self.grid[self.grid_row] = torch.arange(len(group))
+        self._lengths = self.prompts.lengths[group]
+
+    def _mask(self) -> None:
+        """[N, 1, P + M] to add to the scores, or None where every row sees all columns that there are."""
+        self.mask: Tensor | None = None
+        longest = self.prompts.values[0].shape[2]
+        if not self._start.any() and bool((self._lengths == longest).all()):
             return
-        filled = int(self.lengths.max()) if len(self.lengths) else 0
-        for cache in (*self.keys, *self.values):
-            cache[: len(rows), :, :filled] = cache[rows, :, :filled]
-        self.lengths, self.prompt = self.lengths[rows], self.prompt[rows]
-        self._arrange()
-
-    def _arrange(self) -> None:
-        """Which prompts are active, and where each row's query goes in the [prompt, place] grid."""
-        active, group, counts = torch.unique(self.prompt, return_inverse=True, return_counts=True)
-        starts = counts.cumsum(0) - counts
-        order = torch.argsort(group, stable=True)
-        place = torch.empty_like(group)
-        place[order] = torch.arange(len(group)) - starts[group[order]]
-        self.width = int(counts.max()) if len(counts) else 0
-        self.active = None if len(active) == len(self.prompts.lengths) else active
-        self.grid_row = group * self.width + place
-        self.grid = torch.zeros(len(active) * self.width, dtype=torch.int64)
-        self.grid[self.grid_row] = torch.arange(len(group))
-        lengths = self.prompts.lengths[self.prompt]
-        columns = torch.arange(int(self.prompts.lengths.max()) if len(self.prompts.lengths) else 0)
-        self.prompt_mask = columns[None, :] >= lengths[:, None]
+        # How many steps ago a column was written; rows see what is younger than they are.
+        age = (self.time - 1 - torch.arange(self.max_length)) % self.max_length
+        hidden = torch.cat(
+            [
+                torch.arange(longest) >= self._lengths[:, None],
+                age >= (self.time - self._start)[:, None],
+            ],
+            dim=1,
+        )
+        self.mask = torch.zeros(hidden.shape, dtype=self.values[0].dtype).masked_fill_(hidden, _NEVER)[:, None]
 
     def step(self) -> None:
-        """Call once before a decode step's layers: the new token of every row gets the next place."""
-        self.rows = torch.arange(len(self.lengths))
-        self.filled = int(self.lengths.max()) + 1
-        self.own_mask = torch.arange(self.filled)[None, :] > self.lengths[:, None]
-        self.mask = torch.cat([self.prompt_mask, self.own_mask], dim=1)[:, None, None, :]
-
-    def advance(self) -> None:
-        """Call once after a decode step's layers."""
-        self.lengths = self.lengths + 1
+        """Call once before a decode step's layers: every row gets one more token."""
+        self.column = self.time % self.max_length
+        self.time += 1
+        self.filled = min(self.time, self.max_length)
+        if self.mask is not None:
+            longest = self.prompts.values[0].shape[2]
+            self.mask[:, 0, longest + self.column] = torch.where(self._start < self.time, 0.0, _NEVER)
+            self.step_mask = self.mask[:, :, : longest + self.filled]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One new token per row: q [N, Hq, D], k, v [N, Hk, D] of local layer ``layer`` (0-based) -> [N, Hq, D]."""
-        count, heads, dim = query.shape
-        kv_heads = key.shape[1]
-        share = heads // kv_heads
-        self.keys[layer][self.rows, :, self.lengths] = key
-        self.values[layer][self.rows, :, self.lengths] = value
-        own_keys = self.keys[layer][:count, :, : self.filled]
-        own_values = self.values[layer][:count, :, : self.filled]
-        prompt_keys, prompt_values = self.prompts.keys[layer], self.prompts.values[layer]
-        if self.active is not None:
-            prompt_keys, prompt_values = prompt_keys[self.active], prompt_values[self.active]
-        groups, length = prompt_keys.shape[0], prompt_keys.shape[3]
+        """One new token per row, of local layer ``layer`` (0-based).
 
-        query = (query * dim**-0.5).view(count, kv_heads, share, dim)
-        grid = query[self.grid].view(groups, self.width, kv_heads, share, dim).transpose(1, 2)
-        prompt_scores = (grid.reshape(groups, kv_heads, self.width * share, dim) @ prompt_keys).view(
-            groups, kv_heads, self.width, share, length
-        )
-        prompt_scores = prompt_scores.transpose(1, 2).reshape(-1, kv_heads, share, length)[self.grid_row]
-        scores = torch.cat([prompt_scores, query @ own_keys.transpose(2, 3)], dim=-1)
-        probs = scores.masked_fill_(self.mask, float("-inf")).softmax(-1)
+        Args:
+            query: [Hk, N, s, D], scaled.
+            key, value: [Hk, N, D].
 
-        out = probs[..., length:] @ own_values
-        grid = probs[..., :length][self.grid].view(groups, self.width, kv_heads, share, length).transpose(1, 2)
-        from_prompt = (grid.reshape(groups, kv_heads, self.width * share, length) @ prompt_values).view(
-            groups, kv_heads, self.width, share, dim
-        )
-        out = out + from_prompt.transpose(1, 2).reshape(-1, kv_heads, share, dim)[self.grid_row]
-        return out.reshape(count, heads, dim)
+        Returns:
+            [Hk, N, s, D].
+        """
+        heads, rows, share, dim = query.shape
+        self.keys[layer].select(2, self.column).copy_(key)
+        self.values[layer].select(2, self.column).copy_(value)
+        own_keys = self.keys[layer].view(heads * rows, -1, dim)[:, : self.filled]
+        own_values = self.values[layer].view(heads * rows, -1, dim)[:, : self.filled]
+        prompt_keys, prompt_values = self.prompts.keys[layer].flatten(0, 1), self.prompts.values[layer].flatten(0, 1)
+        batch, length = prompt_keys.shape[0], prompt_keys.shape[2]
+        query = query.contiguous().view(heads * rows, share, dim)
+
+        asked = query if self.grid is None else self._to_grid(query, heads)
+        prompt_scores = torch.bmm(asked.view(batch, self.width * share, dim), prompt_keys)
+        prompt_scores = self._from_grid(prompt_scores, heads, share)
+        scores = torch.cat([prompt_scores, torch.bmm(query, own_keys.transpose(1, 2))], dim=2)
+        if self.mask is not None:
+            scores.view(heads, rows, share, -1).add_(self.step_mask)
+        probs = scores.softmax(2)
+
+        asked = probs if self.grid is None else self._to_grid(probs, heads)
+        asked = asked.view(batch, self.width * share, -1)[:, :, :length]
+        from_prompt = self._from_grid(torch.bmm(asked, prompt_values), heads, share)
+        return torch.baddbmm(from_prompt, probs[:, :, length:], own_values).view(heads, rows, share, dim)
+
+    def _to_grid(self, x: Tensor, heads: int) -> Tensor:
+        """[Hk * N, s, .] of the rows -> [Hk, G * width, s, .] of the grid; empty places repeat row 0."""
+        return x.view(heads, -1, *x.shape[1:]).index_select(1, self.grid)
+
+    def _from_grid(self, x: Tensor, heads: int, share: int) -> Tensor:
+        """[Hk * G, width * s, .] of the grid -> [Hk * N, s, .] of the rows."""
+        if self.grid is None:
+            return x.view(-1, share, x.shape[2])
+        return x.view(heads, -1, share, x.shape[2]).index_select(1, self.grid_row).flatten(0, 1)
+
+
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(1, rows)
+
+
+def _zeros(x: Tensor, rows: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], len(rows), *x.shape[2:])

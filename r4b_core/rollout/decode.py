@@ -1,78 +1,120 @@
 """One decode step straight on the Megatron model's parameters.
 
-A step moves one token per request through the decoder, where Python's overhead, not arithmetic, is the time; so the
-layers' parameters are used directly instead of calling Megatron's modules. A test holds the two to 1e-4.
+A step moves one token per request through the decoder, where the number of calls, not arithmetic, is the time; so the
+layers' parameters are used directly instead of calling Megatron's modules, and factors are folded into small tables. A
+test holds the two to 1e-4.
 
-Shapes: N active requests, H hidden, Hq/Hk heads of this rank, D head dim.
+Shapes: N rows, H hidden, Hq/Hk heads of this rank, s = Hq / Hk, D head dim.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from r4b_core.models.layers import DecoderAttention, DecoderConfig
+from r4b_core.models.r4b.model import R4BModel
 from r4b_core.rollout.cache import ResponseCache
 
 
-class DecodeLayers:
-    """The decoder layers of this pipeline stage, reading the model's parameters in place."""
+class _Layer(NamedTuple):
+    """A layer's parameters: views of the model's matrices, and small copies of its norms with factors folded in."""
 
-    def __init__(self, layers: torch.nn.ModuleList, config: DecoderConfig, tp_group: ProcessGroup) -> None:
-        self.layers = layers
-        self.config = config
-        self.tp_group = tp_group if tp_group.size() > 1 else None
-        self.rope = _RopeTable(config.kv_channels, config.rope_theta)
+    input_norm: Tensor
+    qkv: Tensor  # [Hk, H, (s + 2) * D]
+    qk_norm: Tensor  # [s + 1, D]: the queries' (with the softmax scale), then the key's
+    proj: Tensor  # [Hq * D, H]
+    mlp_norm: Tensor
+    gate_up: Tensor  # [2F, H]
+    down: Tensor  # [F, H]
+
+
+class DecodeLayers:
+    """The decoder layers of this pipeline stage, reading the model's matrices in place.
+
+    Made for one `generate`: norms are copied, so an update of the weights needs another one.
+    """
+
+    def __init__(self, model: R4BModel, positions: int) -> None:
+        """``positions``: tokens have positions below it."""
+        self.config = config = model.config
+        self.tp_group = model.tp_group if model.tp_group.size() > 1 else None
+        self.norm = RowNorm(config.hidden_size, config.layernorm_epsilon)
+        self.head_norm = RowNorm(config.kv_channels, config.layernorm_epsilon)
+        self.layers = [self._layer(layer) for layer in model.decoder.layers]
+        self.final_norm = self.norm.weight(model.decoder.final_layernorm.weight) if model.post_process else None
+        self.rope = _rope_table(config.kv_channels, config.rope_theta, positions, self.layers[0].qkv.dtype)
+
+    def _layer(self, layer: torch.nn.Module) -> _Layer:
+        attention = layer.self_attention
+        heads = attention.num_query_groups_per_partition
+        dim = attention.hidden_size_per_attention_head
+        share = attention.num_attention_heads_per_partition // heads
+        query = self.head_norm.weight(attention.q_layernorm.weight) * dim**-0.5
+        key = self.head_norm.weight(attention.k_layernorm.weight)
+        qkv = attention.linear_qkv.weight
+        return _Layer(
+            self.norm.weight(layer.input_layernorm.weight),
+            qkv.view(heads, (share + 2) * dim, qkv.shape[1]).transpose(1, 2),
+            torch.stack([query] * share + [key]),
+            attention.linear_proj.weight.t(),
+            self.norm.weight(layer.pre_mlp_layernorm.weight),
+            layer.mlp.linear_fc1.weight,
+            layer.mlp.linear_fc2.weight.t(),
+        )
 
     def __call__(self, hidden: Tensor, position: Tensor, cache: ResponseCache) -> Tensor:
         """hidden [N, H] at positions int64 [N] -> [N, H], before the final norm."""
-        eps = self.config.layernorm_epsilon
-        cos, sin = self.rope(position, hidden.dtype)
+        rows, dim = len(hidden), self.config.kv_channels
+        cos, sin = self.rope.index_select(1, position).unbind()
         for index, layer in enumerate(self.layers):
-            attention: DecoderAttention = layer.self_attention
-            normed = F.rms_norm(hidden, hidden.shape[-1:], layer.input_layernorm.weight, eps)
-            query, key, value = self._qkv(attention, normed)
-            query = _rotate(F.rms_norm(query, query.shape[-1:], attention.q_layernorm.weight, eps), cos, sin)
-            key = _rotate(F.rms_norm(key, key.shape[-1:], attention.k_layernorm.weight, eps), cos, sin)
-            out = cache.attend(index, query, key, value)
-            hidden = hidden + self._reduced(F.linear(out.flatten(1), attention.linear_proj.weight))
-            normed = F.rms_norm(hidden, hidden.shape[-1:], layer.pre_mlp_layernorm.weight, eps)
-            gate, up = F.linear(normed, layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
-            hidden = hidden + self._reduced(F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight))
+            normed = self.norm(hidden, layer.input_norm)
+            heads = len(layer.qkv)
+            mixed = torch.bmm(normed.expand(heads, -1, -1), layer.qkv).view(heads, rows, -1, dim)
+            share = mixed.shape[2] - 2
+            turned = self.head_norm(mixed[:, :, : share + 1], layer.qk_norm)
+            turned = torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin)
+            out = cache.attend(index, turned[:, :, :share], turned[:, :, share], mixed[:, :, share + 1])
+            hidden = self._add(hidden, out.transpose(0, 1).reshape(rows, -1), layer.proj)
+            gate, up = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            hidden = self._add(hidden, F.silu(gate).mul_(up), layer.down)
         return hidden
 
-    def _qkv(self, attention: DecoderAttention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        groups = attention.num_query_groups_per_partition
-        per_group = attention.num_attention_heads_per_partition // groups
-        dim = attention.hidden_size_per_attention_head
-        mixed = F.linear(normed, attention.linear_qkv.weight).view(len(normed), groups, per_group + 2, dim)
-        query = mixed[:, :, :per_group].reshape(len(normed), -1, dim)
-        return query, mixed[:, :, per_group], mixed[:, :, per_group + 1]
-
-    def _reduced(self, partial: Tensor) -> Tensor:
-        if self.tp_group is not None:
-            torch.distributed.all_reduce(partial, group=self.tp_group)
-        return partial
+    def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """hidden + x weight, summed over tensor-parallel ranks."""
+        if self.tp_group is None:
+            return torch.addmm(hidden, x, weight)
+        partial = x @ weight
+        torch.distributed.all_reduce(partial, group=self.tp_group)
+        return hidden + partial
 
 
-class _RopeTable:
-    """cos and sin [positions, 1, D/2], grown on demand. A response token has one position on all three axes."""
+class RowNorm:
+    """RMSNorm in the fewest calls: x / sqrt(|x|^2 + n eps) times the weight, which `weight` has multiplied by sqrt(n).
 
-    def __init__(self, dim: int, theta: float) -> None:
-        self.frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        self.cos = self.sin = torch.empty(0, 1, dim // 2)
+    Half precision takes torch's own RMSNorm, whose sums are in float32.
+    """
 
-    def __call__(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        needed = int(position.max()) + 1
-        if needed > len(self.cos):
-            angle = torch.arange(2 * needed, dtype=torch.float64)[:, None] * self.frequency
-            self.cos, self.sin = (f(angle).float()[:, None, :].to(position.device) for f in (torch.cos, torch.sin))
-        return self.cos[position].to(dtype), self.sin[position].to(dtype)
+    def __init__(self, size: int, eps: float) -> None:
+        self.size, self.eps = size, eps
+        self.floor = torch.tensor(math.sqrt(size * eps), dtype=torch.float64)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight if weight.dtype.itemsize < 4 else weight * math.sqrt(self.size)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype.itemsize < 4:
+            return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.div(x, torch.hypot(length, self.floor)).mul_(weight)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half rope of x [N, H, D] by cos, sin [N, 1, D/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def _rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
+    """[2, positions, 1, D]: factors of x and of x rolled by D/2. A response token has one position on all three axes."""
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])[:, :, None].to(dtype)

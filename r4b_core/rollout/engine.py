@@ -10,9 +10,8 @@ Shapes: G prompts, N active requests, V vocabulary, H hidden.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,14 @@ from r4b_core.models.streams import pad_to_multiple
 from r4b_core.modes import Mode, ModeTokens
 from r4b_core.rollout.cache import PrefillStream, PromptCache, ResponseCache
 from r4b_core.rollout.decode import DecodeLayers
-from r4b_core.rollout.sampling import draw
+from r4b_core.rollout.sampling import Draw, draw, uniform
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
 from r4b_kernels import scatter_vision
 from r4b_kernels.layout import PrefixLayout
 
 _NOT_FORCED = -1
-_END = object()
+# Rows of ended responses stay in the batch until they are this share of it: making room costs a copy of the cache.
+_ENDED_SHARE = 0.25
 
 
 class EmbeddedEngine:
@@ -43,7 +43,6 @@ class EmbeddedEngine:
         self.mode_tokens = mode_tokens
         self.vocab_size = vocab_size
         self.batch = batch
-        self.layers = DecodeLayers(model.decoder.layers, model.config, model.tp_group)
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
 
     @torch.no_grad()
@@ -73,9 +72,10 @@ class EmbeddedEngine:
         steps = batch.steps()
         while True:
             with self._eval_mode():
-                if next(steps, _END) is _END:
-                    return
-            yield int(batch.tokens[0, batch.last_step])
+                drawn = next(steps, None)
+            if drawn is None:
+                return
+            yield drawn[0]
 
     def _check_budget(self, requests: Sequence[Request], params: SamplingParams) -> None:
         longest = max((len(self.mode_tokens.forced(request.mode)) for request in requests), default=0)
@@ -140,30 +140,37 @@ class EmbeddedEngine:
         torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), self.pipeline)
         return None
 
-    def decode(self, tokens: Tensor, position: Tensor, cache: ResponseCache) -> Tensor:
-        """Logits [N, V] after one more token int64 [N] per request, at positions int64 [N]."""
+    def decode(self, tokens: Tensor, position: Tensor, layers: DecodeLayers, cache: ResponseCache) -> Tensor:
+        """Logits [N, V] after one more token int64 [N] per row, at positions int64 [N]."""
         model = self.model
         cache.step()
 
         def forward() -> Tensor:
-            hidden = model.embed_tokens(tokens) if model.pre_process else model.decoder.input_tensor.squeeze(1)
-            hidden = self.layers(hidden, position, cache)
-            return model.decoder.final_layernorm(hidden) if model.post_process else hidden.unsqueeze(1)
+            hidden = self._embed_tokens(tokens) if model.pre_process else model.decoder.input_tensor.squeeze(1)
+            hidden = layers(hidden, position, cache)
+            if not model.post_process:
+                return hidden.unsqueeze(1)
+            return layers.norm(hidden, layers.final_norm)
 
-        hidden = self._through_stages(forward, len(tokens))
-        cache.advance()
-        return self._logits(hidden, len(tokens))
+        return self._logits(self._through_stages(forward, len(tokens)), len(tokens))
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        if self.model.tp_group.size() > 1:
+            return self.model.embed_tokens(tokens)
+        return F.embedding(tokens, self.model.embedding.word_embeddings.weight)
 
     def _logits(self, hidden: Tensor | None, rows: int) -> Tensor:
         """Whole logits [N, V] on every rank: gathered over the vocabulary shards, sent back over the stages."""
         model = self.model
         if hidden is not None:
-            logits = F.linear(hidden, model.head_weight()).float()
+            weight = model.head_weight()
             if group := model.head_group():
-                shards = [torch.empty_like(logits) for _ in range(group.size())]
-                torch.distributed.all_gather(shards, logits.contiguous(), group=group)
-                logits = torch.cat(shards, dim=-1)
-            logits = logits[:, : self.vocab_size].contiguous()
+                shard = F.linear(hidden, weight).float()
+                shards = [torch.empty_like(shard) for _ in range(group.size())]
+                torch.distributed.all_gather(shards, shard, group=group)
+                logits = torch.cat(shards, dim=-1)[:, : self.vocab_size].contiguous()
+            else:
+                logits = F.linear(hidden, weight[: self.vocab_size]).float()
         else:
             logits = torch.empty(rows, self.vocab_size)
         if self.pipeline.size() > 1:
@@ -171,17 +178,12 @@ class EmbeddedEngine:
         return logits
 
 
-@dataclass
-class _Active:
-    """The requests being decoded: row n of every tensor is one of them."""
-
-    request: Tensor
-    step: Tensor
-    token: Tensor
-
-
 class _ContinuousBatch:
-    """The state of one `generate` call."""
+    """The state of one `generate` call.
+
+    Row n of every tensor is one request being decoded. Rows change only between stretches: a stretch ends when enough
+    of its responses have ended, and what it drew is then filed under its requests.
+    """
 
     def __init__(
         self,
@@ -197,75 +199,93 @@ class _ContinuousBatch:
         count, budget = len(requests), params.max_new_tokens
         self.prompt = torch.tensor([request.prompt for request in requests])
         self.seed = torch.tensor([request.seed for request in requests])
-        self.forced = torch.full((count, budget), _NOT_FORCED)
-        for row, request in enumerate(requests):
-            for place, token in enumerate(modes.forced(request.mode)):
-                self.forced[row, place] = token
+        forced = [modes.forced(request.mode) for request in requests]
+        self.num_forced = max(map(len, forced))
+        self.forced = torch.full((count, self.num_forced + 1), _NOT_FORCED)
+        for row, tokens in enumerate(forced):
+            self.forced[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         self.thinking_probability = prompt_logits.softmax(-1)[:, modes.newline]
         self.tokens = torch.zeros(count, budget, dtype=torch.int64)
         self.logprobs = torch.zeros(count, budget)
         self.entropies = torch.zeros(count, budget)
-        self.lengths = torch.zeros(count, dtype=torch.int64)
-        self.stopped = torch.zeros(count, dtype=torch.bool)
+        self.lengths = [0] * count
+        self.stopped = [False] * count
         self.waiting = deque(range(count))
         self.prompt_lengths = prompts.lengths
-        self.cache = ResponseCache(prompts, min(engine.batch, count), budget)
-        self.last_step = 0
+        self.cache = ResponseCache(prompts, budget)
+        # An ended row draws on until its stretch ends: at most another budget.
+        self.layers = DecodeLayers(engine.model, int(prompts.lengths.max()) + 2 * budget)
 
     def run(self) -> list[Rollout]:
         for _ in self.steps():
             pass
         return [self._rollout(row) for row in range(len(self.requests))]
 
-    def steps(self) -> Iterator[None]:
-        """One token for every active request per step, until none is left."""
-        active, logits = self._admit(self.engine.batch)
-        while len(active.request):
-            self._draw(active, logits)
-            yield
-            active = self._retain(active)
-            logits = self._continue(active)
-            if self.waiting and len(active.request) < self.engine.batch:
-                fresh, fresh_logits = self._admit(self.engine.batch - len(active.request))
-                logits = torch.cat([logits, fresh_logits])
-                active = _Active(
-                    *(torch.cat(pair) for pair in zip(vars(active).values(), vars(fresh).values(), strict=True))
-                )
+    @torch.inference_mode()
+    def steps(self) -> Iterator[list[int]]:
+        """One token for every row per step, until no request is left. Yields the tokens drawn."""
+        none = torch.zeros(0, dtype=torch.int64)
+        rows, step, token = none, none, none
+        alive: list[bool] = []
+        while self.waiting or any(alive):
+            kept = torch.tensor([n for n, is_alive in enumerate(alive) if is_alive], dtype=torch.int64)
+            fresh = self._admit(self.engine.batch - len(kept))
+            order = self.cache.rearrange(kept, self.prompt[fresh], more_to_come=bool(self.waiting))
+            rows = torch.cat([rows[kept], fresh])[order]
+            step = torch.cat([step[kept], torch.zeros_like(fresh)])[order]
+            token = torch.cat([token[kept], torch.zeros_like(fresh)])[order]
+            alive = [True] * len(rows)
+            token, taken = yield from self._stretch(rows, step, token, alive)
+            step = step + taken
 
-    def _admit(self, places: int) -> tuple[_Active, Tensor]:
-        taken = [self.waiting.popleft() for _ in range(min(places, len(self.waiting)))]
-        request = torch.tensor(taken, dtype=torch.int64)
-        prompt = self.prompt[request]
-        self.cache.admit(prompt)
-        zeros = torch.zeros_like(request)
-        return _Active(request, zeros, zeros.clone()), self.prompt_logits[prompt]
+    def _admit(self, places: int) -> Tensor:
+        return torch.tensor([self.waiting.popleft() for _ in range(min(places, len(self.waiting)))], dtype=torch.int64)
 
-    def _draw(self, active: _Active, logits: Tensor) -> None:
-        request, step = active.request, active.step
-        forced = self.forced[request, step]
-        drawn = draw(logits, self.seed[request], step, forced, self.params.temperature, self.params.top_p)
-        self.tokens[request, step] = drawn.token
-        self.logprobs[request, step] = drawn.logprob
-        self.entropies[request, step] = drawn.entropy
-        self.lengths[request] = step + 1
-        self.stopped[request] = drawn.token == self.engine.mode_tokens.turn_end
-        active.token = drawn.token
-        self.last_step = int(step[0])
+    def _stretch(
+        self, rows: Tensor, step: Tensor, token: Tensor, alive: list[bool]
+    ) -> Generator[list[int], None, tuple[Tensor, int]]:
+        """Decode the rows until enough have ended. Marks the ended ones; returns the last tokens and steps taken."""
+        requests, begun = rows.tolist(), step.tolist()
+        budget, turn_end = self.params.max_new_tokens, self.engine.mode_tokens.turn_end
+        points = uniform(self.seed[rows][:, None], step[:, None] + torch.arange(budget)).unbind(1)
+        prompt = self.prompt[rows]
+        position = self.prompt_lengths[prompt] + step - 1
+        limit = [budget] * len(rows)
+        drawn: list[Draw] = []
+        while len(rows) - sum(alive) < max(1, int(len(rows) * _ENDED_SHARE)):
+            taken = len(drawn)
+            if taken or max(begun):
+                logits = self.engine.decode(token, position + taken, self.layers, self.cache)
+            if not taken and not min(begun):
+                # A new row's first token follows from its prompt; what was decoded for it went nowhere.
+                first = self.prompt_logits[prompt]
+                logits = torch.where((step == 0)[:, None], first, logits) if max(begun) else first
+            forced = None
+            if min(begun) + taken < self.num_forced:
+                forced = self.forced[rows, (step + taken).clamp_(max=self.num_forced)]
+            drawn.append(draw(logits, points[taken], forced, self.params.temperature, self.params.top_p))
+            token = drawn[-1].token
+            tokens = token.tolist()
+            for n, drawn_token in enumerate(tokens):
+                if alive[n] and (drawn_token == turn_end or begun[n] + taken + 1 == budget):
+                    alive[n] = False
+                    limit[n] = self.lengths[requests[n]] = begun[n] + taken + 1
+                    self.stopped[requests[n]] = drawn_token == turn_end
+            yield tokens
+        self._file(rows, step, torch.tensor(limit), drawn)
+        return token, len(drawn)
 
-    def _retain(self, active: _Active) -> _Active:
-        ended = self.stopped[active.request] | (active.step + 1 == self.params.max_new_tokens)
-        rows = (~ended).nonzero().squeeze(1)
-        self.cache.retain(rows)
-        return _Active(active.request[rows], active.step[rows] + 1, active.token[rows])
-
-    def _continue(self, active: _Active) -> Tensor:
-        if not len(active.request):
-            return self.prompt_logits[:0]
-        position = self.prompt_lengths[self.cache.prompt] + active.step - 1
-        return self.engine.decode(active.token, position, self.cache)
+    def _file(self, rows: Tensor, step: Tensor, limit: Tensor, drawn: list[Draw]) -> None:
+        """Write a stretch's draws to their requests; a row's places from its limit on were drawn after its end."""
+        place = step + torch.arange(len(drawn))[:, None]
+        counts = place < limit
+        where = rows.expand_as(place)[counts], place[counts]
+        self.tokens[where] = torch.stack([each.token for each in drawn])[counts]
+        self.logprobs[where] = torch.stack([each.logprob for each in drawn])[counts]
+        self.entropies[where] = torch.stack([each.entropy for each in drawn])[counts]
 
     def _rollout(self, row: int) -> Rollout:
-        request, length = self.requests[row], int(self.lengths[row])
+        request, length = self.requests[row], self.lengths[row]
         tokens = self.tokens[row, :length].tolist()
         modes = self.engine.mode_tokens
         return Rollout(

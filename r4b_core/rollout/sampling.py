@@ -22,7 +22,7 @@ def request_seed(*parts: int) -> int:
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """float64 [N] in [0, 1): a hash of (seed int64 [N], position int64 [N]), the same on every machine."""
+    """float64 in [0, 1): a hash of (seed, position), int64 of any shapes that broadcast; the same on every machine."""
     x = seed + position * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
@@ -55,31 +55,33 @@ class Draw:
     entropy: Tensor
 
 
-def draw(logits: Tensor, seed: Tensor, position: Tensor, forced: Tensor, temperature: float, top_p: float) -> Draw:
-    """Draw the next token of every request by inverting the CDF at `uniform(seed, position)`.
+def draw(logits: Tensor, point: Tensor, forced: Tensor | None, temperature: float, top_p: float) -> Draw:
+    """Draw the next token of every request by inverting the CDF at its point.
 
     Args:
         logits: float [N, V].
-        seed, position: int64 [N], of the request and of the token within its response.
-        forced: int64 [N], a token to take whatever its probability, or -1.
+        point: float64 [N] in [0, 1), see `uniform`.
+        forced: int64 [N], a token to take whatever its probability, or -1; None forces none.
         temperature: 0 takes the most probable token; log-probs are then those at temperature 1.
         top_p: nucleus; log-probs stay those of the full distribution.
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logits = logits.float()
+    logprobs = torch.log_softmax(logits / temperature if temperature not in (0.0, 1.0) else logits, dim=-1)
     probs = logprobs.exp()
-    entropy = -(probs * logprobs).sum(-1)
+    entropy = torch.special.entr(probs).sum(-1)
     if temperature == 0:
         token = logprobs.argmax(-1)
     else:
-        token = _invert_cdf(probs if top_p >= 1 else _nucleus(probs, top_p), uniform(seed, position))
-    token = torch.where(forced >= 0, forced, token)
+        token = _invert_cdf(probs if top_p >= 1 else _nucleus(probs, top_p), point)
+    if forced is not None:
+        token = torch.where(forced >= 0, forced, token)
     return Draw(token, logprobs.gather(1, token[:, None]).squeeze(1), entropy)
 
 
 def _invert_cdf(probs: Tensor, point: Tensor) -> Tensor:
-    cdf = probs.double().cumsum(-1)
-    token = torch.searchsorted(cdf, (point * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp_(max=probs.shape[1] - 1)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    # A point below 1 times the total stays below the total, so the token is always one with a probability.
+    return torch.searchsorted(cdf, (point * cdf[:, -1])[:, None], right=True).squeeze(1)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

@@ -227,10 +227,13 @@ def test_a_prompt_is_stored_once_whatever_its_responses(model: R4BModel, prompts
         cache, logits = engine._prefill(prompts)
         requests = [Request(k % 2, Mode.AUTO, k) for k in range(40)]
         batch = _ContinuousBatch(engine, cache, logits, requests, SamplingParams(6))
-        batch.run()
+        next(batch.steps())
     layers, heads, dim = SMALL["num_layers"], SMALL["num_kv_heads"], SMALL["head_dim"]
     longest = max(prompt.num_tokens for prompt in prompts)
     assert sum(x.numel() for x in (*cache.keys, *cache.values)) == 2 * layers * len(prompts) * heads * dim * longest
+    # Only the two prompts in work are at hand, whatever the number of their rows, and a row holds its own tokens alone.
+    held = (*batch.cache.prompts.keys, *batch.cache.prompts.values)
+    assert sum(x.numel() for x in held) == 2 * layers * 2 * heads * dim * longest
     own = (*batch.cache.keys, *batch.cache.values)
     assert sum(x.numel() for x in own) == 2 * layers * engine.batch * heads * dim * 6
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,8 @@ def run_demo(run: Path, *, seed: int = 0, compare: bool = False) -> dict[str, An
     Raises:
         ValueError: if ``run`` is a folder of something else.
     """
+    # A second thread gains nothing at this size, and with one the figures do not depend on the number of cores.
+    torch.set_num_threads(1)
     resolved = load_recipe("demo", [f"seed={seed}"])
     make_room(run, resolved)
     summary = run_recipe(resolved, run)

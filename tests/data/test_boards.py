@@ -114,7 +114,7 @@ def test_splits_share_no_digit() -> None:
         assert not mine & kept
         assert {int(boards._digits()[1][index]) for index in mine | kept} == {digit}
         assert abs(len(kept) / (len(mine) + len(kept)) - 0.25) < 0.01
-    assert train_sizes.sum() + held_out_sizes.sum() == 1797
+    assert train_sizes.sum() + held_out_sizes.sum() == 1775
 
 
 def test_held_out_digits_are_not_augmented() -> None:
@@ -243,3 +243,8 @@ def test_fingerprint_notices_another_generator(monkeypatch: pytest.MonkeyPatch) 
     before = fingerprint(DataConfig(), "train")
     monkeypatch.setattr(boards, "MULTIPLY_SHARE", 0.9)
     assert fingerprint(DataConfig(), "train") != before
+
+
+def test_digits_that_neighbours_contradict_are_left_out() -> None:
+    ink, labels = boards._digits()
+    assert len(ink) == len(labels) == 1797 - 22

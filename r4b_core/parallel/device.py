@@ -15,7 +15,7 @@ call in Megatron-Core                                 on a CPU
 ``torch.zeros(..., device="cuda")`` and the like      the same on the CPU, ``pin_memory`` dropped
 ``tensor.cuda()``                                     the tensor itself
 ``tensor.type()``                                     the name of the CUDA type (compared with strings only)
-gloo process groups                                   one device, so one polling thread, for all of them
+a process group, made for each role and each layout   one group for the same ranks, kept for the process
 ``@jit_fuser``, ``@torch.compile``                    the plain function: no compiler runs on a CPU
 ====================================================  ==================================================================
 
@@ -36,7 +36,8 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -129,8 +130,8 @@ def activate() -> None:
 def _share_gloo_device() -> None:
     """Let all gloo groups of this process share one device.
 
-    Each would make its own otherwise, whose thread polls a hundred times a second: Megatron-Core makes dozens of groups,
-    and on a small machine the polling alone takes most of its time.
+    Each would make its own otherwise, whose thread polls a hundred times a second: on a small machine the polling alone
+    takes most of its time.
     """
     gloo = torch.distributed.ProcessGroupGloo
     shared = gloo.create_default_device()
@@ -142,6 +143,42 @@ def _share_gloo_device() -> None:
             super().__init__(store, rank, size, options)
 
     torch.distributed.distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
+
+
+class _Groups:
+    """One gloo group for each set of ranks.
+
+    Megatron-Core makes dozens of groups over a few sets of ranks and never closes them; each has threads and sockets of
+    its own. Every rank asks for the same groups in the same order, and so finds them alike.
+    """
+
+    def __init__(self) -> None:
+        self.world: Any = None
+        self.known: dict[tuple[int, ...], Any] = {}
+
+    def create(self, ranks: list[int], timeout: timedelta | None = None, **_: Any) -> Any:
+        dist = torch.distributed
+        if self.world is not dist.group.WORLD:
+            self.world, self.known = dist.group.WORLD, {}
+        key = tuple(sorted(ranks))
+        if len(key) == dist.get_world_size():
+            group = self.world
+        elif key in self.known:
+            group = self.known[key]
+        else:
+            group = self.known[key] = dist.new_group(ranks=list(key), timeout=timeout)
+        if timeout is not None and dist.get_rank() in key:
+            group._get_backend(torch.device("cpu"))._set_default_timeout(timeout)
+        return group
+
+
+def close_groups(groups: Iterable[Any]) -> None:
+    """Close the groups of a layout that has ended; on a CPU they are kept for the next one."""
+    if torch.cuda.is_available():
+        for group in groups:
+            # Megatron-Core has closed some itself.
+            if group in torch.distributed.distributed_c10d._world.pg_map:
+                torch.distributed.destroy_process_group(group)
 
 
 def _silence() -> None:
@@ -186,9 +223,8 @@ class _Stream:
 
 def _cpu_torch() -> types.ModuleType:
     """A copy of the ``torch`` module in which CUDA means the CPU. ``torch`` itself is not touched."""
-    cuda = types.ModuleType("torch.cuda")
-    cuda.__dict__.update(torch.cuda.__dict__)
-    vars(cuda).update(
+    cuda = _copy(
+        torch.cuda,
         current_device=lambda: torch.device("cpu"),
         synchronize=lambda *_: None,
         empty_cache=lambda: None,
@@ -200,10 +236,14 @@ def _cpu_torch() -> types.ModuleType:
         default_stream=lambda *_: _Stream(),
         nvtx=types.SimpleNamespace(range_push=lambda *_: 0, range_pop=lambda: 0),
     )
-    stand_in = types.ModuleType("torch")
-    stand_in.__dict__.update(torch.__dict__)
-    stand_in.__dict__.update({name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}, cuda=cuda)
-    return stand_in
+    return _copy(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+
+
+def _copy(module: types.ModuleType, **changes: Any) -> types.ModuleType:
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(changes)
+    return copy
 
 
 def _adapt(module: types.ModuleType, stand_in: types.ModuleType) -> None:
@@ -216,6 +256,12 @@ def _adapt(module: types.ModuleType, stand_in: types.ModuleType) -> None:
             setattr(module, name, plain)
     if module.__name__ == "megatron.core.jit":
         module.disable_jit_fuser()
+    if module.__name__ == "megatron.core.parallel_state":
+        module.create_group = _groups.create
+        # It would close some groups, and they are to be used again.
+        module.torch = _copy(
+            module.torch, distributed=_copy(torch.distributed, destroy_process_group=lambda group: None)
+        )
     if module.__name__ == "megatron.core.tensor_parallel.random":
         # Unpatched, the setter only queues its work until CUDA starts, so a state would never be restored.
         module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -287,5 +333,6 @@ def _import_megatron() -> None:
         importlib.import_module("megatron.core.optimizer")
 
 
+_groups = _Groups()
 _import_megatron()
 activate()

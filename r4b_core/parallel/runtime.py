@@ -216,11 +216,8 @@ def _place() -> tuple[int, int]:
 def _stop() -> None:
     if not parallel_state.is_initialized():
         return
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
-    # Megatron-Core forgets its groups without closing them; each would keep its sockets and threads.
-    world = dist.group.WORLD
-    # Models of this layout hold its groups in reference cycles, and a group that lives keeps its threads.
+    # Models of this layout hold its groups in reference cycles.
     gc.collect()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not world:
-            dist.destroy_process_group(group)
+    device.close_groups(groups)

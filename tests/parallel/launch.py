@@ -48,7 +48,7 @@ def run_ranks(target: Path | str, ranks: int, *args: str, timeout: float = 600.0
             failure = f"exit status {launcher.returncode}\n{errors[-TAIL:]}" if launcher.returncode else ""
         except subprocess.TimeoutExpired:
             failure = f"no end after {timeout} s"
-            _end(launcher)
+            end(launcher)
         outputs = {
             f"{path.parent.name}/{path.name}": path.read_text(errors="replace")
             for path in sorted(Path(logs).rglob("std*.log"))
@@ -59,7 +59,7 @@ def run_ranks(target: Path | str, ranks: int, *args: str, timeout: float = 600.0
     return outputs.get("0/stdout.log", "")
 
 
-def _end(launcher: subprocess.Popen[str]) -> None:
+def end(launcher: subprocess.Popen[str]) -> None:
     """Kill the launcher and its ranks, which lead process groups of their own."""
     ranks = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()

@@ -178,17 +178,22 @@ def test_a_layout_that_does_not_divide_is_refused_before_anything_starts() -> No
         start(Layout(sequence_parallel=True), seed=1)
 
 
-def test_starting_again_leaks_no_descriptor(place: Any) -> None:
-    def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
+def test_starting_again_leaks_no_descriptor_and_no_thread(place: Any) -> None:
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
-    place(LAYOUTS["tp2"])
-    place(LAYOUTS["pp2"])
-    before = descriptors()
+    def use(name: str) -> None:
+        runtime = place(LAYOUTS[name])
+        train(learner_of(runtime, LAYOUTS[name]), runtime, toy_batches(2), toy_loss, 1)
+
+    use("tp2")
+    use("pp2")
+    before = held()
     for _ in range(3):
-        place(LAYOUTS["tp2"])
-        place(LAYOUTS["pp2"])
-    assert descriptors() <= before + 2
+        use("tp2")
+        use("pp2")
+    after = held()
+    assert all(now <= then + 2 for now, then in zip(after, before, strict=True)), (before, after)
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,8 @@ def find_benchmarks(what: What, names: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: outside a checkout, or a name that has no file; says which there are.
     """
-    folder = ROOT / "benchmarks" / ("kernels" if what is What.kernels else "trainer")
+    folder = ROOT / "benchmarks" / what
     found = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem[0] != "_" and path.stem != "conftest"}
-    if what is not What.kernels:
-        found = {name: path for name, path in found.items() if ("rollout" in name) == (what is What.rollout)}
     if not found:
         raise ValueError(f"bench {what}: no benchmarks in {folder}; they are in the repository, not in the package")
     if unknown := [name for name in names if name not in found]:

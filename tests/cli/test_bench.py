@@ -22,7 +22,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "benchmarks/kernels/add.py": "def test_add(benchmark):\n    benchmark(sum, [1, 2])\n",
         "benchmarks/kernels/_shared.py": "",
         "benchmarks/trainer/step.py": "",
-        "benchmarks/trainer/rollout.py": "",
+        "benchmarks/rollout/engine.py": "",
         "tests/kernels/test_add.py": "def test_add():\n    assert 1 + 1 == 2\n",
         "pytest.ini": "[pytest]\nmarkers = slow\n",
     }
@@ -42,7 +42,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_finds_benchmarks_by_name(checkout: Path) -> None:
     assert [path.name for path in find_benchmarks(What.kernels, [])] == ["add.py"]
     assert [path.name for path in find_benchmarks(What.trainer, [])] == ["step.py"]
-    assert [path.name for path in find_benchmarks(What.rollout, [])] == ["rollout.py"]
+    assert [path.name for path in find_benchmarks(What.rollout, [])] == ["engine.py"]
     with pytest.raises(ValueError, match="there is no ad; there are add"):
         find_benchmarks(What.kernels, ["ad"])
 

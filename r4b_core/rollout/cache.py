@@ -62,9 +62,9 @@ class PrefillStream:
 class ResponseCache:
     """Keys and values of the rows, and how the rows find their prompts'.
 
-    All rows write a step's key into the same column, the step's number modulo M: no row lives for more than M steps, and
-    attention does not care for the order of its keys. Rows are sorted by prompt. Where all prompts in work have equally
-    many rows, the rows are the grid [prompt, place] as they lie; else queries and results go through an index.
+    All rows write a step's key into the same column, the step's number modulo M: no row lives for more than M steps,
+    and attention does not care for the order of its keys. Rows are sorted by prompt. Where all prompts in work have
+    equally many rows, the rows are the grid [prompt, place] as they lie; else queries and results go through an index.
     """
 
     def __init__(self, prompts: PromptCache, max_length: int) -> None:
@@ -103,6 +103,14 @@ class ResponseCache:
         self._prompt = prompt[order]
         self._find_prompts(more_to_come)
         self._mask()
+        # Views, made here once and not at every step: [Hk * N, M, D] and [Hk * G, D or P, P or D].
+        self._own = [
+            (key.flatten(0, 1), value.flatten(0, 1)) for key, value in zip(self.keys, self.values, strict=True)
+        ]
+        self._shared = [
+            (key.flatten(0, 1), value.flatten(0, 1))
+            for key, value in zip(self.prompts.keys, self.prompts.values, strict=True)
+        ]
         return order
 
     def _find_prompts(self, more_to_come: bool) -> None:
@@ -161,10 +169,9 @@ class ResponseCache:
         heads, rows, share, dim = query.shape
         self.keys[layer].select(2, self.column).copy_(key)
         self.values[layer].select(2, self.column).copy_(value)
-        own_keys = self.keys[layer].view(heads * rows, -1, dim)[:, : self.filled]
-        own_values = self.values[layer].view(heads * rows, -1, dim)[:, : self.filled]
-        prompt_keys, prompt_values = self.prompts.keys[layer].flatten(0, 1), self.prompts.values[layer].flatten(0, 1)
-        batch, length = prompt_keys.shape[0], prompt_keys.shape[2]
+        own_keys, own_values = (own.narrow(1, 0, self.filled) for own in self._own[layer])
+        prompt_keys, prompt_values = self._shared[layer]
+        batch, length = len(prompt_keys), prompt_keys.shape[2]
         query = query.contiguous().view(heads * rows, share, dim)
 
         asked = query if self.grid is None else self._to_grid(query, heads)
@@ -176,9 +183,11 @@ class ResponseCache:
         probs = scores.softmax(2)
 
         asked = probs if self.grid is None else self._to_grid(probs, heads)
-        asked = asked.view(batch, self.width * share, -1)[:, :, :length]
+        asked = asked.view(batch, self.width * share, -1).narrow(2, 0, length)
         from_prompt = self._from_grid(torch.bmm(asked, prompt_values), heads, share)
-        return torch.baddbmm(from_prompt, probs[:, :, length:], own_values).view(heads, rows, share, dim)
+        return torch.baddbmm(from_prompt, probs.narrow(2, length, self.filled), own_values).view(
+            heads, rows, share, dim
+        )
 
     def _to_grid(self, x: Tensor, heads: int) -> Tensor:
         """[Hk * N, s, .] of the rows -> [Hk, G * width, s, .] of the grid; empty places repeat row 0."""

@@ -42,11 +42,12 @@ class DecodeLayers:
         """``positions``: tokens have positions below it."""
         self.config = config = model.config
         self.tp_group = model.tp_group if model.tp_group.size() > 1 else None
-        self.norm = RowNorm(config.hidden_size, config.layernorm_epsilon)
-        self.head_norm = RowNorm(config.kv_channels, config.layernorm_epsilon)
+        dtype = model.decoder.layers[0].input_layernorm.weight.dtype
+        self.norm = RowNorm(config.hidden_size, config.layernorm_epsilon, dtype)
+        self.head_norm = RowNorm(config.kv_channels, config.layernorm_epsilon, dtype)
         self.layers = [self._layer(layer) for layer in model.decoder.layers]
         self.final_norm = self.norm.weight(model.decoder.final_layernorm.weight) if model.post_process else None
-        self.rope = _rope_table(config.kv_channels, config.rope_theta, positions, self.layers[0].qkv.dtype)
+        self.rope = _rope_table(config.kv_channels, config.rope_theta, positions, dtype)
 
     def _layer(self, layer: torch.nn.Module) -> _Layer:
         attention = layer.self_attention
@@ -75,9 +76,9 @@ class DecodeLayers:
             heads = len(layer.qkv)
             mixed = torch.bmm(normed.expand(heads, -1, -1), layer.qkv).view(heads, rows, -1, dim)
             share = mixed.shape[2] - 2
-            turned = self.head_norm(mixed[:, :, : share + 1], layer.qk_norm)
+            turned = self.head_norm(mixed.narrow(2, 0, share + 1), layer.qk_norm)
             turned = torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin)
-            out = cache.attend(index, turned[:, :, :share], turned[:, :, share], mixed[:, :, share + 1])
+            out = cache.attend(index, turned.narrow(2, 0, share), turned.select(2, share), mixed.select(2, share + 1))
             hidden = self._add(hidden, out.transpose(0, 1).reshape(rows, -1), layer.proj)
             gate, up = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
             hidden = self._add(hidden, F.silu(gate).mul_(up), layer.down)
@@ -98,22 +99,22 @@ class RowNorm:
     Half precision takes torch's own RMSNorm, whose sums are in float32.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         self.size, self.eps = size, eps
         self.floor = torch.tensor(math.sqrt(size * eps), dtype=torch.float64)
+        self.half = dtype.itemsize < 4
 
     def weight(self, weight: Tensor) -> Tensor:
-        return weight if weight.dtype.itemsize < 4 else weight * math.sqrt(self.size)
+        return weight if self.half else weight * math.sqrt(self.size)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.dtype.itemsize < 4:
+        if self.half:
             return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.div(x, torch.hypot(length, self.floor)).mul_(weight)
+        return x.div(torch.linalg.vector_norm(x, 2, -1, True).hypot_(self.floor)).mul_(weight)
 
 
 def _rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
-    """[2, positions, 1, D]: factors of x and of x rolled by D/2. A response token has one position on all three axes."""
+    """[2, positions, 1, D], factors of x and of x rolled by D/2; a response token has one position on all axes."""
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()

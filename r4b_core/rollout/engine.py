@@ -201,9 +201,9 @@ class _ContinuousBatch:
         self.seed = torch.tensor([request.seed for request in requests])
         forced = [modes.forced(request.mode) for request in requests]
         self.num_forced = max(map(len, forced))
-        self.forced = torch.full((count, self.num_forced + 1), _NOT_FORCED)
-        for row, tokens in enumerate(forced):
-            self.forced[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        self.forced = torch.tensor(
+            [[*tokens, *[_NOT_FORCED] * (self.num_forced + 1 - len(tokens))] for tokens in forced]
+        )
         self.thinking_probability = prompt_logits.softmax(-1)[:, modes.newline]
         self.tokens = torch.zeros(count, budget, dtype=torch.int64)
         self.logprobs = torch.zeros(count, budget)
@@ -219,7 +219,12 @@ class _ContinuousBatch:
     def run(self) -> list[Rollout]:
         for _ in self.steps():
             pass
-        return [self._rollout(row) for row in range(len(self.requests))]
+        columns = (x.tolist() for x in (self.tokens, self.logprobs, self.entropies))
+        thinking = self.thinking_probability.tolist()
+        return [
+            self._rollout(row, *(values[: self.lengths[row]] for values in rows), thinking[self.requests[row].prompt])
+            for row, rows in enumerate(zip(*columns, strict=True))
+        ]
 
     @torch.inference_mode()
     def steps(self) -> Iterator[list[int]]:
@@ -284,20 +289,20 @@ class _ContinuousBatch:
         self.logprobs[where] = torch.stack([each.logprob for each in drawn])[counts]
         self.entropies[where] = torch.stack([each.entropy for each in drawn])[counts]
 
-    def _rollout(self, row: int) -> Rollout:
-        request, length = self.requests[row], self.lengths[row]
-        tokens = self.tokens[row, :length].tolist()
-        modes = self.engine.mode_tokens
+    def _rollout(
+        self, row: int, tokens: list[int], logprobs: list[float], entropies: list[float], thinking: float
+    ) -> Rollout:
+        request, modes = self.requests[row], self.engine.mode_tokens
         return Rollout(
             tokens=tokens,
-            logprobs=self.logprobs[row, :length].tolist(),
-            entropies=self.entropies[row, :length].tolist(),
+            logprobs=logprobs,
+            entropies=entropies,
             mode=request.mode,
             taken=modes.mode_of(tokens),
             forced=len(modes.forced(request.mode)),
             finish=FinishReason.STOP if self.stopped[row] else FinishReason.LENGTH,
             seed=request.seed,
-            thinking_probability=float(self.thinking_probability[request.prompt]),
+            thinking_probability=thinking,
         )
 
 

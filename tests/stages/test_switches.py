@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from r4b_core.modes import Mode
+from r4b_core.modes import TURN_END, Mode
 from r4b_core.rollout.types import FinishReason, Group
 from r4b_core.stages.job import Job
 from tests.stages.trials import Lab, Trial, coin
@@ -113,15 +113,16 @@ def test_emphasis_on_the_decision_token(lab: Lab) -> None:
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
 def test_the_reduction_and_the_logged_loss(lab: Lab, reduction: str) -> None:
-    # With this seed some response ends early, so that the reductions differ.
-    trial = lab.bpo(f"bpo.reduction={reduction}", "bpo.group_size=3", "bpo.length_cost=0.5", "seed=2")
+    lab.reward(lambda text, gold: float(text.endswith(TURN_END)))  # so that the advantage goes with the length
+    trial = lab.bpo(f"bpo.reduction={reduction}", "bpo.group_size=3", "bpo.prompts=4", "bpo.max_new_tokens=24")
+    assert len({len(rollout.tokens) for rollout in trial.rollouts}) > 2
     lengths = torch.tensor([len(rollout.tokens) for rollout in trial.rollouts], dtype=torch.float64)
     advantage = torch.tensor([rollout.advantage for rollout in trial.rollouts], dtype=torch.float64)
     # At the first update every ratio is 1 and the KL 0, so a row's loss is minus its advantage.
     by_hand = {
         "token_mean": -(advantage * lengths).sum() / lengths.sum(),
         "sequence_mean": -advantage.mean(),
-        "constant": -(advantage * lengths / 8).mean(),
+        "constant": -(advantage * lengths / 24).mean(),
     }[reduction]
     assert trial.lines[0]["loss"] == pytest.approx(float(by_hand), abs=2e-5)
     if reduction != "sequence_mean":

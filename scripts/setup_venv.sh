@@ -33,7 +33,7 @@ find_python() {
 # Everything that decides what has to be installed, in one line. The folder counts: an editable install points to it.
 wanted() {
     echo "extras=$extras folder=$PWD torch=$(torch_build)" \
-        "$(cat pyproject.toml setup.py constraints.txt scripts/setup_venv.sh | cksum)"
+        "$(cat pyproject.toml setup.py constraints.txt tests/oracles.txt scripts/setup_venv.sh | cksum)"
 }
 
 torch_build() {
@@ -81,4 +81,8 @@ echo "installing torch $torch ($(torch_build) build)"
 install_torch
 echo "installing r4b${extras:+[$extras]} and its dependencies (some minutes the first time)"
 pip_install --constraint constraints.txt --editable ".${extras:+[$extras]}"
+if [[ $extras == *test* ]]; then
+    # Without their dependencies, of which some bring a CUDA stack: only what the tests import is installed.
+    pip_install --no-deps --requirement tests/oracles.txt
+fi
 wanted >"$installed"

@@ -15,8 +15,8 @@ __all__ = ["BASELINES", "Advantage", "group_advantage"]
 BASELINES = ("union", "per_mode", "leave_one_out")
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("group_advantage", "cpu", dispatch.only_on("cpu"))(cpu.forward)
-dispatch.register("group_advantage", "reference")(reference.forward)
+dispatch.register("group_advantage", "cpu", cpu.forward, dispatch.only_on("cpu"))
+dispatch.register("group_advantage", "reference", reference.forward)
 
 
 class Advantage(NamedTuple):
@@ -108,7 +108,7 @@ def _group_advantage(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if rewards.device.type == "cpu":
         _check_values(rewards, group_offsets, mode, token_offsets, num_tokens)
-    implementation = dispatch.resolve("group_advantage", rewards.device, backend)
+    implementation = dispatch.resolve("group_advantage", rewards.device, backend, rewards)
     advantage = implementation(rewards, group_offsets, mode, baseline, std, eps).to(torch.float32)
     tokens = advantage.new_empty(0)
     if token_offsets is not None:

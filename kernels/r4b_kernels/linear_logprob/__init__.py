@@ -16,8 +16,8 @@ from r4b_kernels.vocabulary import check_head, group_name
 __all__ = ["linear_logprob"]
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("linear_logprob", "cpu", dispatch.only_on("cpu"))(cpu.Backend)
-dispatch.register("linear_logprob", "reference")(reference.Backend)
+dispatch.register("linear_logprob", "cpu", cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("linear_logprob", "reference", reference.Backend)
 
 
 def linear_logprob(
@@ -59,7 +59,7 @@ def linear_logprob(
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, group: str | None, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return dispatch.resolve("linear_logprob", hidden.device, backend).forward(
+    return dispatch.resolve("linear_logprob", hidden.device, backend, hidden).forward(
         hidden, weight, target, temperature, group
     )
 
@@ -85,7 +85,7 @@ def _linear_logprob_backward(
     need_weight: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    implementation = dispatch.resolve("linear_logprob", hidden.device, backend)
+    implementation = dispatch.resolve("linear_logprob", hidden.device, backend, hidden)
     rows = (hidden, weight, target, logsumexp, entropy)
     return implementation.backward(grad_logprob, grad_entropy, *rows, temperature, group, need_hidden, need_weight)
 

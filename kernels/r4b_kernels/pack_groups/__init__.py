@@ -13,8 +13,8 @@ from r4b_kernels.pack_groups.plan import Bin, PackCost, PackPlan, Problem
 __all__ = ["Bin", "PackCost", "PackPlan", "pack_groups"]
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("pack_groups", "cpu", dispatch.only_on("cpu"))(cpu.pack)
-dispatch.register("pack_groups", "reference")(reference.pack)
+dispatch.register("pack_groups", "cpu", cpu.pack, dispatch.only_on("cpu"))
+dispatch.register("pack_groups", "reference", reference.pack)
 
 
 def pack_groups(

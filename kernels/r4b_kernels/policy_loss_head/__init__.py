@@ -16,8 +16,8 @@ from r4b_kernels.vocabulary import check_head, group_name
 __all__ = ["PolicyLoss", "policy_loss_head"]
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("policy_loss_head", "cpu", dispatch.only_on("cpu"))(cpu.forward)
-dispatch.register("policy_loss_head", "reference")(reference.forward)
+dispatch.register("policy_loss_head", "cpu", cpu.forward, dispatch.only_on("cpu"))
+dispatch.register("policy_loss_head", "reference", reference.forward)
 
 
 class PolicyLoss(NamedTuple):
@@ -143,7 +143,7 @@ def _policy_loss_head(
     need_weight: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    implementation = dispatch.resolve("policy_loss_head", hidden.device, backend)
+    implementation = dispatch.resolve("policy_loss_head", hidden.device, backend, hidden)
     rows = reference.Rows(target, old_logprob, advantage, row_weight, ref_logprob)
     objective = reference.Objective(clip_low, clip_high, kl_coef, temperature)
     return implementation(hidden, weight, rows, objective, group, need_hidden, need_weight)

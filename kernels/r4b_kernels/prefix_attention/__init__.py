@@ -14,8 +14,8 @@ from r4b_kernels.prefix_attention import cpu as _cpu
 from r4b_kernels.prefix_attention import reference as _reference
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("prefix_attention", "cpu", dispatch.only_on("cpu"))(_cpu.Backend)
-dispatch.register("prefix_attention", "reference")(_reference.Backend)
+dispatch.register("prefix_attention", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("prefix_attention", "reference", _reference.Backend)
 
 
 def prefix_attention(
@@ -97,7 +97,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout) -> None:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, parent: Tensor, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.resolve("prefix_attention", q.device, backend).forward(q, k, v, offsets, parent, scale)
+    return dispatch.resolve("prefix_attention", q.device, backend, q).forward(q, k, v, offsets, parent, scale)
 
 
 @torch.library.custom_op("r4b_kernels::prefix_attention_backward", mutates_args=())
@@ -113,7 +113,7 @@ def _backward(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = dispatch.resolve("prefix_attention", q.device, backend)
+    implementation = dispatch.resolve("prefix_attention", q.device, backend, q)
     return implementation.backward(grad_out, q, k, v, out, lse, offsets, parent, scale)
 
 

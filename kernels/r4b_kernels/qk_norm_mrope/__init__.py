@@ -12,8 +12,8 @@ from r4b_kernels import dispatch
 from r4b_kernels.qk_norm_mrope import cpu as _cpu
 from r4b_kernels.qk_norm_mrope import reference as _reference
 
-dispatch.register("qk_norm_mrope", "cpu", dispatch.only_on("cpu"))(_cpu.Backend)
-dispatch.register("qk_norm_mrope", "reference")(_reference.Backend)
+dispatch.register("qk_norm_mrope", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("qk_norm_mrope", "reference", _reference.Backend)
 
 
 def qk_norm_mrope(
@@ -112,7 +112,7 @@ def _forward(
     eps: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    implementation = dispatch.resolve("qk_norm_mrope", q.device, backend)
+    implementation = dispatch.resolve("qk_norm_mrope", q.device, backend, q)
     return implementation.forward(q, k, q_weight, k_weight, position_ids, theta, axes, eps)
 
 
@@ -130,7 +130,7 @@ def _backward(
     eps: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    implementation = dispatch.resolve("qk_norm_mrope", q.device, backend)
+    implementation = dispatch.resolve("qk_norm_mrope", q.device, backend, q)
     return implementation.backward(grad_q, grad_k, q, k, q_weight, k_weight, position_ids, theta, axes, eps)
 
 

@@ -14,8 +14,8 @@ from r4b_kernels.rms_norm import cpu, reference
 __all__ = ["rms_norm"]
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("rms_norm", "cpu", dispatch.only_on("cpu"))(cpu.Backend)
-dispatch.register("rms_norm", "reference")(reference.Backend)
+dispatch.register("rms_norm", "cpu", cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("rms_norm", "reference", reference.Backend)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
 
 @torch.library.custom_op("r4b_kernels::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
-    return dispatch.resolve("rms_norm", x.device, backend).forward(x, weight, eps)
+    return dispatch.resolve("rms_norm", x.device, backend, x).forward(x, weight, eps)
 
 
 @_rms_norm.register_fake
@@ -53,7 +53,7 @@ def _(x: Tensor, weight: Tensor, eps: float, backend: str | None) -> tuple[Tenso
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.resolve("rms_norm", x.device, backend).backward(grad, x, weight, rstd)
+    return dispatch.resolve("rms_norm", x.device, backend, x).backward(grad, x, weight, rstd)
 
 
 @_rms_norm_backward.register_fake

@@ -11,8 +11,8 @@ from r4b_kernels import dispatch
 from r4b_kernels.scatter_vision import cpu as _cpu
 from r4b_kernels.scatter_vision import reference as _reference
 
-dispatch.register("scatter_vision", "cpu", dispatch.only_on("cpu"))(_cpu.Backend)
-dispatch.register("scatter_vision", "reference")(_reference.Backend)
+dispatch.register("scatter_vision", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("scatter_vision", "reference", _reference.Backend)
 
 
 def scatter_vision(
@@ -59,7 +59,7 @@ def scatter_vision(
 
 @torch.library.custom_op("r4b_kernels::scatter_vision", mutates_args=())
 def _forward(embeddings: Tensor, features: Tensor, index: Tensor, accumulate: bool, backend: str | None) -> Tensor:
-    implementation = dispatch.resolve("scatter_vision", embeddings.device, backend)
+    implementation = dispatch.resolve("scatter_vision", embeddings.device, backend, embeddings)
     return implementation.forward(embeddings, features, index, accumulate)
 
 
@@ -68,7 +68,7 @@ def _backward(
     grad_out: Tensor, index: Tensor, num_features: int, accumulate: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """(gradient of embeddings, empty if accumulate, when it is grad_out itself; gradient of features)."""
-    implementation = dispatch.resolve("scatter_vision", grad_out.device, backend)
+    implementation = dispatch.resolve("scatter_vision", grad_out.device, backend, grad_out)
     return implementation.backward(grad_out, index, num_features, accumulate)
 
 

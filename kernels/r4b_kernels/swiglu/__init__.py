@@ -13,8 +13,9 @@ from r4b_kernels.swiglu import cpu, reference
 __all__ = ["swiglu"]
 
 # Order is preference: the reference serves only where nothing better does.
-dispatch.register("swiglu", "cpu", dispatch.only_on("cpu"))(cpu.Backend)
-dispatch.register("swiglu", "reference")(reference.Backend)
+dispatch.register("swiglu", "cpu", cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("swiglu", "triton", "r4b_kernels.swiglu.triton:Backend", dispatch.where_triton_runs)
+dispatch.register("swiglu", "reference", reference.Backend)
 
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         gate_up: [..., 2F].
-        backend: "cpu" or "reference"; None picks by device.
+        backend: "cpu", "triton" or "reference"; None picks by device.
 
     Returns:
         [..., F] of gate_up's dtype.
@@ -39,7 +40,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 
 @torch.library.custom_op("r4b_kernels::swiglu", mutates_args=())
 def _swiglu(gate_up: Tensor, backend: str | None) -> Tensor:
-    return dispatch.resolve("swiglu", gate_up.device, backend).forward(gate_up)
+    return dispatch.resolve("swiglu", gate_up.device, backend, gate_up).forward(gate_up)
 
 
 @_swiglu.register_fake
@@ -49,7 +50,7 @@ def _(gate_up: Tensor, backend: str | None) -> Tensor:
 
 @torch.library.custom_op("r4b_kernels::swiglu_backward", mutates_args=())
 def _swiglu_backward(grad: Tensor, gate_up: Tensor, backend: str | None) -> Tensor:
-    return dispatch.resolve("swiglu", gate_up.device, backend).backward(grad, gate_up)
+    return dispatch.resolve("swiglu", gate_up.device, backend, gate_up).backward(grad, gate_up)
 
 
 @_swiglu_backward.register_fake

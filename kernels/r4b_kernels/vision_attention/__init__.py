@@ -12,8 +12,8 @@ from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.vision_attention import cpu as _cpu
 from r4b_kernels.vision_attention import reference as _reference
 
-dispatch.register("vision_attention", "cpu", dispatch.only_on("cpu"))(_cpu.Backend)
-dispatch.register("vision_attention", "reference")(_reference.Backend)
+dispatch.register("vision_attention", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("vision_attention", "reference", _reference.Backend)
 
 
 def vision_attention(
@@ -61,7 +61,7 @@ def vision_attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.resolve("vision_attention", q.device, backend).forward(q, k, v, cu_seqlens, scale)
+    return dispatch.resolve("vision_attention", q.device, backend, q).forward(q, k, v, cu_seqlens, scale)
 
 
 @torch.library.custom_op("r4b_kernels::vision_attention_backward", mutates_args=())
@@ -76,7 +76,7 @@ def _backward(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = dispatch.resolve("vision_attention", q.device, backend)
+    implementation = dispatch.resolve("vision_attention", q.device, backend, q)
     return implementation.backward(grad_out, q, k, v, out, lse, cu_seqlens, scale)
 
 

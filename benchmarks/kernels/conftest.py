@@ -2,71 +2,77 @@
 
     pytest benchmarks/kernels/prefix_attention.py
 
-Times are host time. The ratios come from turns (us, each rival, us again, ...) of which the least counts, so that a
-neighbour on the machine burdens all alike. pytest-benchmark's own statistics of us stand beside them. The floor is the
-time that the counted bytes and FLOPs take at this machine's own copy and float32 matmul rates, measured at the start.
+The same cases run on a GPU (`r4b bench kernels` there, or benchmarks/gpu_suite.sh): tensors are made on it, and
+`_machine.on` picks the shapes. The floor is the time of the counted bytes and FLOPs at the machine's own copy and
+matmul rates, measured at the start. A rival that is not installed, or cannot do a case, is listed with the reason.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.kernels import _machine
+
 ROWS = pytest.StashKey[list]()
 
 
-def least_seconds(functions: dict[str, Callable[[], Any]], budget: float = 2.0, rounds: int = 15) -> dict[str, float]:
-    """The least time of a call to each, in turns, after a warm-up; at most ``rounds`` and about ``budget`` seconds."""
-    for function in functions.values():
-        function()
-    least = dict.fromkeys(functions, float("inf"))
-    begin = time.perf_counter()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            least[name] = min(least[name], time.perf_counter() - start)
-        if time.perf_counter() - begin > budget:
-            break
-    return least
+@pytest.fixture(scope="session", autouse=True)
+def _tensors_on_the_device() -> Iterator[None]:
+    with _machine.DEVICE:
+        yield
 
 
 @pytest.fixture(scope="session")
-def machine() -> dict[str, float]:
-    """{"flops": float32 matmul FLOP/s, "bytes": copy bytes/s, read and write counted}, on the threads in use."""
-    a, b = torch.randn(768, 768), torch.randn(768, 768)
-    source = torch.randn(2**23)
-    target = torch.empty_like(source)
-    least = least_seconds({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)})
-    return {
-        "flops": 2 * 768**3 / least["matmul"],
-        "bytes": 2 * source.nbytes / least["copy"],
-    }
+def ceiling() -> _machine.Ceiling:
+    return _machine.measure_ceiling()
 
 
 @pytest.fixture
-def contest(benchmark: Any, machine: dict[str, float], request: pytest.FixtureRequest) -> Callable[..., None]:
-    """contest(ours, rivals={name: function}, bytes_moved=, flops=): ours is the benchmark, the rest its extra_info."""
+def contest(benchmark: Any, ceiling: _machine.Ceiling, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """contest(ours, rivals={name: function}, bytes_moved=, flops=, skipped={name: reason}).
 
-    def run(ours: Callable, rivals: dict[str, Callable], *, bytes_moved: int, flops: int) -> None:
+    Ours is the benchmark; the rest goes to its extra_info. ``flops`` are the useful ones, masked pairs not counted.
+    """
+
+    def run(
+        ours: Callable[[], Any],
+        rivals: dict[str, Callable[[], Any]],
+        *,
+        bytes_moved: int,
+        flops: int,
+        skipped: dict[str, str] | None = None,
+    ) -> None:
         benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
-        seconds = least_seconds({"ours": ours, **rivals})
+        able, skipped = {}, dict(skipped or {})
+        for name, rival in rivals.items():
+            try:
+                rival()
+                able[name] = rival
+            except (RuntimeError, ValueError, NotImplementedError) as error:  # out of memory is a RuntimeError too
+                skipped[name] = str(error).strip().splitlines()[0][:100] or type(error).__name__
+                if _machine.ON_GPU:
+                    torch.cuda.empty_cache()
+        seconds = _machine.least_seconds({"ours": ours, **able})
         mine = seconds.pop("ours")
-        floor = max(flops / machine["flops"], bytes_moved / machine["bytes"])
+        floor = ceiling.floor(flops, bytes_moved)
         benchmark.extra_info.update(
             bytes=bytes_moved,
             flops=flops,
             floor_seconds=floor,
             ours=mine,
             rivals=seconds,
-            times_faster={name: value / mine for name, value in seconds.items()},
+            skipped=skipped,
+            ceiling={"flops": ceiling.flops, "bytes": ceiling.bytes},
+            device=torch.cuda.get_device_name() if _machine.ON_GPU else "cpu",
             threads=torch.get_num_threads(),
             torch=torch.__version__,
         )
+        if _machine.ON_GPU:
+            benchmark.extra_info.update(device_seconds=mine, peak_bytes=_machine.peak_bytes(ours))
         request.config.stash.setdefault(ROWS, []).append((request.node.name, mine, floor, seconds))
 
     return run
@@ -81,4 +87,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     )
     for name, mine, floor, seconds in rows:
         others = ", ".join(f"{rival} {value * 1e3:.2f} ({value / mine:.2f}x)" for rival, value in seconds.items())
-        terminalreporter.write_line(f"{name:44} {mine * 1e3:9.2f} {floor * 1e3:9.2f} {floor / mine:9.2f}  {others}")
+        terminalreporter.write_line(f"{name:44} {mine * 1e3:9.3f} {floor * 1e3:9.3f} {floor / mine:9.2f}  {others}")

@@ -6,6 +6,8 @@ A benchmark is a pytest-benchmark case. What its clock does not know stands in `
 ``device_seconds``  median device time (CUDA events); counts before the two below
 ``ours``            our time, taken in turns with the rivals; without it pytest-benchmark's median counts
 ``floor_seconds``   the least time the machine allows for the case's bytes and FLOPs
+``flops, bytes``    the useful work, of which the rate is printed that the floor is bound by
+``ceiling``         {"flops", "bytes"} per second, the machine's own matmul and copy, measured in the same run
 ``rivals``          name -> time of another way to compute the same
 ``skipped``         name -> why a rival was not measured
 ==================  ====================================================================================
@@ -36,13 +38,14 @@ class What(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. Times are seconds."""
+    """One measured case. Times are seconds; ``rate`` is the useful rate, such as "412 TFLOP/s"."""
 
     name: str
     ours: float
     floor: float | None = None
     rivals: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    rate: str = "-"
 
 
 def bench(
@@ -50,7 +53,9 @@ def bench(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, such as rms_norm.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Keep pytest-benchmark's JSON here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Append one JSON line per case here, with hardware and versions.")
+    ] = None,
     changed_tests: Annotated[
         bool, typer.Option("--changed-tests", help="Accept tests that differ from the last commit.")
     ] = False,
@@ -73,9 +78,8 @@ def bench(
         reports.append(report)
     if rows := [row for report in reports for row in read_rows(report)]:
         console().print(table(rows))
-    if output is not None and reports:
-        merged = {**reports[0], "benchmarks": [case for report in reports for case in report.get("benchmarks", [])]}
-        output.write_text(json.dumps(merged, indent=2), encoding="utf-8")
+    if output is not None:
+        append_rows(output, what, reports)
     if failed:
         raise typer.Exit(1)
 
@@ -104,7 +108,16 @@ def gate(op: str, changed_tests: bool) -> str | None:
         return f"{test.relative_to(ROOT)} differs from the last commit (--changed-tests accepts that)"
     if _pytest(str(test), "-q", "-x", "--benchmark-disable").returncode:
         return f"its tests fail: pytest {test.relative_to(ROOT)}"
+    on_gpu = ROOT / "tests" / "gpu"
+    if _has_gpu() and on_gpu.is_dir() and _pytest(str(on_gpu), "-q", "-x", "-m", "gpu", "-k", op).returncode:
+        return f"its tests on the GPU fail: pytest {on_gpu.relative_to(ROOT)} -m gpu -k {op}"
     return None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _differs_from_commit(path: Path) -> bool:
@@ -126,20 +139,50 @@ def measure(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def read_rows(report: dict[str, Any]) -> list[Row]:
     """The cases of a pytest-benchmark report."""
-    rows = []
-    for case in report.get("benchmarks", []):
-        extra = case.get("extra_info", {})
-        ours = extra.get("device_seconds") or extra.get("ours") or case["stats"]["median"]
-        rows.append(
-            Row(case["name"], ours, extra.get("floor_seconds"), extra.get("rivals") or {}, extra.get("skipped") or {})
-        )
-    return rows
+    return [_row(case) for case in report.get("benchmarks", [])]
+
+
+def _row(case: dict[str, Any]) -> Row:
+    extra = case.get("extra_info", {})
+    ours = extra.get("device_seconds") or extra.get("ours") or case["stats"]["median"]
+    rivals, skipped = extra.get("rivals") or {}, extra.get("skipped") or {}
+    return Row(case["name"], ours, extra.get("floor_seconds"), rivals, skipped, _rate(extra, ours))
+
+
+def _rate(extra: dict[str, Any], seconds: float) -> str:
+    """FLOP/s where matrix products bound the case, else bytes/s."""
+    if not (ceiling := extra.get("ceiling")):
+        return "-"
+    if extra["flops"] / ceiling["flops"] > extra["bytes"] / ceiling["bytes"]:
+        return f"{extra['flops'] / seconds / 1e12:.3g} TFLOP/s"
+    return f"{extra['bytes'] / seconds / 1e12:.3g} TB/s"
+
+
+def append_rows(path: Path, what: What, reports: Sequence[dict[str, Any]]) -> None:
+    """One JSON line per case: its numbers, and the hardware, versions, commit, date and command they are of."""
+    from r4b_core.telemetry.environment import describe_environment
+
+    environment = describe_environment() | {"command": " ".join(["r4b", *sys.argv[1:]])}
+    with path.open("a", encoding="utf-8") as lines:
+        for report in reports:
+            for case in report.get("benchmarks", []):
+                row = _row(case)
+                lines.write(
+                    json.dumps(
+                        {"benchmark": what.value, "case": row.name, "seconds": row.ours}
+                        | case.get("extra_info", {})
+                        | {"environment": environment}
+                    )
+                    + "\n"
+                )
+
+
 
 
 def table(rows: Sequence[Row]) -> Any:
@@ -149,7 +192,7 @@ def table(rows: Sequence[Row]) -> Any:
 
     made = Table(box=None, pad_edge=False)
     made.add_column("case", no_wrap=True)
-    for column in ("ours us", "floor us", "floor/ours"):
+    for column in ("ours us", "rate", "floor us", "floor/ours"):
         made.add_column(column, justify="right")
     made.add_column("rivals: us (rival/ours)")
     for row in rows:
@@ -158,6 +201,7 @@ def table(rows: Sequence[Row]) -> Any:
         made.add_row(
             escape(row.name),
             f"{row.ours * 1e6:.1f}",
+            row.rate,
             "-" if row.floor is None else f"{row.floor * 1e6:.1f}",
             "-" if row.floor is None else f"{row.floor / row.ours:.2f}",
             escape(", ".join(rivals)) or "-",

@@ -24,7 +24,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "benchmarks/trainer/step.py": "",
         "benchmarks/rollout/engine.py": "",
         "tests/kernels/test_add.py": "def test_add():\n    assert 1 + 1 == 2\n",
-        "pytest.ini": "[pytest]\nmarkers = slow\n",
+        "pytest.ini": "[pytest]\nmarkers =\n  slow\n  gpu\n",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -61,10 +61,14 @@ def test_gate_stays_shut_for_changed_missing_and_failing_tests(checkout: Path) -
     assert "it has no tests/kernels/test_other.py" in (gate("other", changed_tests=False) or "")
 
 
-def test_measures_and_keeps_the_report(checkout: Path) -> None:
-    result = CliRunner().invoke(app, ["bench", "kernels", "add", "--json", str(checkout / "out.json")])
-    assert result.exit_code == 0, result.output
-    assert [case["name"] for case in json.loads((checkout / "out.json").read_text())["benchmarks"]] == ["test_add"]
+def test_measures_and_appends_a_line_per_case(checkout: Path) -> None:
+    path = checkout / "rows.jsonl"
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["bench", "kernels", "add", "--json", str(path)])
+        assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["test_add"] * 2
+    assert rows[0]["seconds"] > 0 and rows[0]["environment"]["versions"]["torch"]
     assert any(line.startswith("test_add ") for line in result.output.splitlines())
 
 
@@ -86,7 +90,15 @@ def test_rows_prefer_device_time_then_turns_then_the_median() -> None:
     assert read_rows(report) == [Row("a", 1.0), Row("a", 2.0, 0.5), Row("a", 3.0, None, {"t": 6.0})]
 
 
+def test_the_rate_is_that_of_the_bound() -> None:
+    extra = {"flops": 4e9, "bytes": 2e6, "ceiling": {"flops": 1e12, "bytes": 1e9}}
+    case = {"name": "a", "stats": {"median": 1e-2}, "extra_info": extra}
+    assert read_rows({"benchmarks": [case]})[0].rate == "0.4 TFLOP/s"
+    extra["bytes"] = 8e6
+    assert read_rows({"benchmarks": [case]})[0].rate == "0.0008 TB/s"
+
+
 def test_table_gives_the_ratios() -> None:
-    made = table([Row("a", 1e-5, 5e-6, {"torch": 4e-5}, {"flash-attn": "not installed"})])
+    made = table([Row("a", 1e-5, 5e-6, {"torch": 4e-5}, {"flash-attn": "not installed"}, "2 TB/s")])
     cells = [list(column.cells)[0] for column in made.columns]
-    assert cells == ["a", "10.0", "5.0", "0.50", "torch 40.0 (4.00x), flash-attn: not installed"]
+    assert cells == ["a", "10.0", "2 TB/s", "5.0", "0.50", "torch 40.0 (4.00x), flash-attn: not installed"]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r4b_kernels import linear_logprob
-from r4b_kernels.linear_logprob import cpu, reference
+from r4b_kernels import head_chunks, linear_logprob
+from r4b_kernels.linear_logprob import reference
 from tests.kernels.head_cases import assert_close, assert_no_worse, relative, results_and_gradients
 
 BACKENDS = ["cpu", "reference"]
@@ -37,8 +37,8 @@ def torch_own(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks with a ragged last one, at sizes a test can afford."""
-    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(cpu, "_MIN_ROWS", 10)
+    monkeypatch.setattr(head_chunks, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(head_chunks, "_MIN_ROWS", 10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r4b_kernels import linear_logprob, policy_loss_head
-from r4b_kernels.linear_logprob import cpu
+from r4b_kernels import head_chunks, linear_logprob, policy_loss_head
 from r4b_kernels.policy_loss_head import reference
 from tests.kernels.head_cases import assert_close, assert_no_worse, results_and_gradients
 
@@ -55,8 +54,8 @@ def ours(hidden: Tensor, weight: Tensor, rows: dict, temperature: float, kl_coef
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(cpu, "_MIN_ROWS", 10)
+    monkeypatch.setattr(head_chunks, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(head_chunks, "_MIN_ROWS", 10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,14 +201,14 @@ def test_dead_rows_take_no_backward_product(monkeypatch: pytest.MonkeyPatch) -> 
     """Masked, weightless, advantage-free and clipped rows never reach the gradient accumulator."""
     hidden, weight, rows = make(129, 33, 257)
     seen = 0
-    add = cpu.GradientAccumulator.add
+    add = head_chunks.GradientAccumulator.add
 
     def counting(self, index: Tensor, *rest: Tensor) -> None:
         nonlocal seen
         seen += index.numel()
         add(self, index, *rest)
 
-    monkeypatch.setattr(cpu.GradientAccumulator, "add", counting)
+    monkeypatch.setattr(head_chunks.GradientAccumulator, "add", counting)
     result = ours(hidden.requires_grad_(), weight, rows, 1.0, 0.0)
     live = (rows["target"] >= 0) & (rows["row_weight"] != 0) & (rows["advantage"] != 0) & ~result.clipped
     assert seen == live.sum() and 0 < seen < 100

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r4b_kernels.linear_logprob.cpu import ChunkBuffers, GradientAccumulator, RowSubset, local_columns, reduce_rows
+from r4b_kernels.head_chunks import ChunkBuffers, GradientAccumulator, RowSubset, local_columns, split_rows
+from r4b_kernels.linear_logprob.cpu import reduce_rows
 from r4b_kernels.policy_loss_head.reference import Objective, Rows, row_gradient, row_terms
 from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.vocabulary import check_target_range, group_of, merge_shards, shard_start
@@ -35,7 +36,7 @@ def forward(
     logprob = torch.zeros(rows.target.shape, dtype=dtype)
     entropy = torch.zeros(rows.target.shape, dtype=dtype)
     accumulator = GradientAccumulator(hidden, weight, need_hidden, need_weight)
-    live, idle = split_rows(rows, objective, need_hidden or need_weight)
+    live, idle = live_and_idle(rows, objective, need_hidden or need_weight)
     buffers = ChunkBuffers(max(live.count, idle.count), hidden, weight)
     for part, with_gradient in ((live, True), (idle, False)):
         for chunk in buffers.chunks(part.count):
@@ -68,10 +69,10 @@ def forward(
     return terms.loss.sum(), logprob, entropy, terms.ratio, terms.kl, terms.clipped, grad_hidden, grad_weight
 
 
-def split_rows(rows: Rows, objective: Objective, training: bool) -> tuple[RowSubset, RowSubset]:
+def live_and_idle(rows: Rows, objective: Objective, training: bool) -> list[RowSubset]:
     """(rows that may have a gradient, valid rows that cannot)."""
     valid = rows.target >= 0
     live = rows.has_loss & training
     if not objective.kl_coef:
         live &= rows.advantage != 0
-    return RowSubset(live), RowSubset(valid & ~live)
+    return split_rows(live, valid & ~live)

@@ -33,9 +33,10 @@ def ceiling() -> _machine.Ceiling:
 
 @pytest.fixture
 def contest(benchmark: Any, ceiling: _machine.Ceiling, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """contest(ours, rivals={name: function}, bytes_moved=, flops=, skipped={name: reason}).
+    """contest(ours, rivals={name: function}, bytes_moved=, flops=, skipped={name: reason}, ideal={name: ratio}).
 
     Ours is the benchmark; the rest goes to its extra_info. ``flops`` are the useful ones, masked pairs not counted.
+    ``ideal`` holds the ratio to a rival's time that the FLOPs saved would give.
     """
 
     def run(
@@ -45,6 +46,7 @@ def contest(benchmark: Any, ceiling: _machine.Ceiling, request: pytest.FixtureRe
         bytes_moved: int,
         flops: int,
         skipped: dict[str, str] | None = None,
+        ideal: dict[str, float] | None = None,
     ) -> None:
         benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
         able, skipped = {}, dict(skipped or {})
@@ -66,6 +68,7 @@ def contest(benchmark: Any, ceiling: _machine.Ceiling, request: pytest.FixtureRe
             ours=mine,
             rivals=seconds,
             skipped=skipped,
+            ideal=ideal or {},
             ceiling={"flops": ceiling.flops, "bytes": ceiling.bytes},
             device=torch.cuda.get_device_name() if _machine.ON_GPU else "cpu",
             threads=torch.get_num_threads(),
@@ -73,7 +76,7 @@ def contest(benchmark: Any, ceiling: _machine.Ceiling, request: pytest.FixtureRe
         )
         if _machine.ON_GPU:
             benchmark.extra_info.update(device_seconds=mine, peak_bytes=_machine.peak_bytes(ours))
-        request.config.stash.setdefault(ROWS, []).append((request.node.name, mine, floor, seconds))
+        request.config.stash.setdefault(ROWS, []).append((request.node.name, mine, floor, seconds, ideal or {}))
 
     return run
 
@@ -85,6 +88,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(
         f"{'case':44} {'ours ms':>9} {'floor ms':>9} {'of floor':>9}  rivals: ms (ours is times faster)"
     )
-    for name, mine, floor, seconds in rows:
-        others = ", ".join(f"{rival} {value * 1e3:.2f} ({value / mine:.2f}x)" for rival, value in seconds.items())
+    for name, mine, floor, seconds, ideal in rows:
+        others = ", ".join(
+            f"{rival} {value * 1e3:.2f} ({value / mine:.2f}x"
+            + (f", {value / mine / ideal[rival]:.2f} of the ideal {ideal[rival]:.2f}x)" if rival in ideal else ")")
+            for rival, value in seconds.items()
+        )
         terminalreporter.write_line(f"{name:44} {mine * 1e3:9.3f} {floor * 1e3:9.3f} {floor / mine:9.2f}  {others}")

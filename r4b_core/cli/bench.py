@@ -7,6 +7,7 @@ A benchmark is a pytest-benchmark case. What its clock does not know stands in `
 ``ours``            our time, taken in turns with the rivals; without it pytest-benchmark's median counts
 ``floor_seconds``   the least time the machine allows for the case's bytes and FLOPs
 ``flops, bytes``    the useful work, of which the rate is printed that the floor is bound by
+``ideal``           name -> the ratio to a rival's time that the FLOPs saved would give
 ``ceiling``         {"flops", "bytes"} per second, the machine's own matmul and copy, measured in the same run
 ``rivals``          name -> time of another way to compute the same
 ``skipped``         name -> why a rival was not measured
@@ -46,6 +47,7 @@ class Row:
     rivals: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     rate: str = "-"
+    ideal: dict[str, float] = field(default_factory=dict)
 
 
 def bench(
@@ -152,7 +154,8 @@ def _row(case: dict[str, Any]) -> Row:
     extra = case.get("extra_info", {})
     ours = extra.get("device_seconds") or extra.get("ours") or case["stats"]["median"]
     rivals, skipped = extra.get("rivals") or {}, extra.get("skipped") or {}
-    return Row(case["name"], ours, extra.get("floor_seconds"), rivals, skipped, _rate(extra, ours))
+    ideal = extra.get("ideal") or {}
+    return Row(case["name"], ours, extra.get("floor_seconds"), rivals, skipped, _rate(extra, ours), ideal)
 
 
 def _rate(extra: dict[str, Any], seconds: float) -> str:
@@ -196,7 +199,7 @@ def table(rows: Sequence[Row]) -> Any:
         made.add_column(column, justify="right")
     made.add_column("rivals: us (rival/ours)")
     for row in rows:
-        rivals = [f"{name} {time * 1e6:.1f} ({time / row.ours:.2f}x)" for name, time in row.rivals.items()]
+        rivals = [f"{name} {time * 1e6:.1f} ({_ratio(row, name)})" for name, time in row.rivals.items()]
         rivals += [f"{name}: {reason}" for name, reason in row.skipped.items()]
         made.add_row(
             escape(row.name),
@@ -207,3 +210,9 @@ def table(rows: Sequence[Row]) -> Any:
             escape(", ".join(rivals)) or "-",
         )
     return made
+
+
+def _ratio(row: Row, rival: str) -> str:
+    ratio = row.rivals[rival] / row.ours
+    ideal = row.ideal.get(rival)
+    return f"{ratio:.2f}x" + (f", {ratio / ideal:.2f} of the ideal {ideal:.2f}x" if ideal else "")

@@ -36,8 +36,9 @@ bench: venv
 # One environment for everything: `demo` installs the test tools too, so that no target undoes another's work.
 venv:
 	@bash scripts/setup_venv.sh test
+	-@$(BIN)/python kernels/r4b_kernels/build.py --quiet
 
 clean:
-	rm -rf $(VENV) build kernels/build *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache \
-		.import_linter_cache .benchmarks
+	rm -rf $(VENV) build kernels/build kernels/r4b_kernels/_objects *.egg-info kernels/*.egg-info .pytest_cache \
+		.ruff_cache .mypy_cache .import_linter_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,6 +38,12 @@ ENVIRONMENT = {
     "MASTER_PORT": "the port there (torchrun)",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1 unless set: Megatron-Core's overlap of compute and communication relies on it",
     "OMP_NUM_THREADS": "CPU threads of each rank (read by torch)",
+    "R4B_BUILD_CUDA": "auto, 0 or 1: whether r4b_kernels.build compiles the CUDA sources (auto: nvcc and a CUDA torch)",
+    "CXX": "the C++ compiler of r4b_kernels.build (g++, else clang++, unless set)",
+    "CUDA_HOME": "where r4b_kernels.build looks for nvcc first",
+    "CUDA_PATH": "where it looks next, before PATH",
+    "XDG_CACHE_HOME": "where compiled objects go if the package's folder is not writable (~/.cache unless set)",
+    "TRITON_INTERPRET": "1 runs Triton's kernels on the CPU, for tests (read by triton)",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used (read by CUDA)",
 }
 

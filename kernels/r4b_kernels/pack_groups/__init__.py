@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from r4b_kernels import dispatch
+from r4b_kernels import dispatch, native
 from r4b_kernels.pack_groups import cpu, reference
 from r4b_kernels.pack_groups.plan import Bin, PackCost, PackPlan, Problem
 
 __all__ = ["Bin", "PackCost", "PackPlan", "pack_groups"]
 
 # Order is preference: the reference serves only where nothing better does.
+dispatch.register("pack_groups", "native", "r4b_kernels.pack_groups.native:pack", native.cpu_available)
 dispatch.register("pack_groups", "cpu", cpu.pack, dispatch.only_on("cpu"))
 dispatch.register("pack_groups", "reference", reference.pack)
 
@@ -55,7 +56,7 @@ def pack_groups(
             in each bin that holds the group (by each response without ``share_prefix``).
         cost: weights of the cost model, see PackCost.
         split: allow a group in several bins. Without it a group larger than the capacity is an error.
-        backend: "cpu" or "reference"; None takes "cpu".
+        backend: "native", "cpu" or "reference"; None takes the first that is there.
 
     Raises:
         ValueError: naming the argument or the group: a negative length, lists of different sizes, a prefix with one

@@ -34,6 +34,14 @@ class Problem:
     cost: PackCost
     split: bool
 
+    @cached_property
+    def unique_tokens(self) -> int:
+        """Tokens that exist once: each prefix once per group that shares it, else once per response."""
+        return sum(
+            sum(lengths) + prefix * ((1 if self.share_prefix else len(lengths)) if lengths else 0)
+            for prefix, lengths in zip(self.prefixes, self.responses, strict=True)
+        )
+
     def tokens(self, group: int, members: list[int]) -> int:
         """Tokens these responses of a group take in one bin, with their prefix."""
         copies = (1 if self.share_prefix else len(members)) if members else 0
@@ -99,7 +107,10 @@ class PackPlan:
     @property
     def imbalance(self) -> float:
         """Largest rank cost / mean rank cost; 1.0 is even."""
-        mean = sum(self.rank_costs) / self.num_ranks
+        total = 0.0
+        for cost in self.rank_costs:  # not sum(), whose rounding is another from Python 3.12 on
+            total += cost
+        mean = total / self.num_ranks
         return max(self.rank_costs) / mean if mean > 0 else 1.0
 
 
@@ -112,8 +123,5 @@ def finish(problem: Problem, bins: list[Bin], rank_of_bin: list[int], bin_costs:
         bin_costs=bin_costs,
         capacity=problem.capacity,
         num_ranks=problem.ranks,
-        unique_tokens=sum(
-            sum(lengths) + prefix * ((1 if problem.share_prefix else len(lengths)) if lengths else 0)
-            for prefix, lengths in zip(problem.prefixes, problem.responses, strict=True)
-        ),
+        unique_tokens=problem.unique_tokens,
     )

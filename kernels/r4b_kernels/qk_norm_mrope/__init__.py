@@ -12,7 +12,9 @@ from r4b_kernels import dispatch
 from r4b_kernels.qk_norm_mrope import cpu as _cpu
 from r4b_kernels.qk_norm_mrope import reference as _reference
 
+# Order is preference: the reference serves only where nothing better does.
 dispatch.register("qk_norm_mrope", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("qk_norm_mrope", "triton", "r4b_kernels.qk_norm_mrope.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("qk_norm_mrope", "reference", _reference.Backend)
 
 

@@ -15,6 +15,7 @@ __all__ = ["rms_norm"]
 
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("rms_norm", "cpu", cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("rms_norm", "triton", "r4b_kernels.rms_norm.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("rms_norm", "reference", reference.Backend)
 
 
@@ -28,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
         x: [..., H].
         weight: [H], of any floating dtype; the result has the promoted dtype of x and weight.
         eps: added to the mean square.
-        backend: "cpu" or "reference"; None picks by device.
+        backend: "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
         ValueError: if weight is not [H], or the backend cannot serve the device.

@@ -39,6 +39,7 @@ class Resources:
         hgmma: asynchronous warp-group matrix instructions (wgmma).
         hmma: warp-level matrix instructions: on sm_90 the slow way.
         async_copies: asynchronous copies from global to shared memory (cp.async, TMA).
+        wide_loads: loads and asynchronous copies of 16 bytes a thread from global memory.
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class Resources:
     hgmma: int
     hmma: int
     async_copies: int
+    wide_loads: int = 0
 
     def assert_sound(self) -> None:
         """No spill, and shared memory within the limit."""
@@ -133,4 +135,5 @@ def _resources(name: str, kernel: Any) -> Resources:
         hgmma=count("HGMMA"),
         hmma=count("HMMA"),
         async_copies=count("LDGSTS", "UTMALDG"),
+        wide_loads=count(r"LDG(?:STS)?\.E(?:\.\w+)*\.128"),
     )

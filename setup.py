@@ -2,16 +2,19 @@
 
 import runpy
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
-build = runpy.run_path("kernels/r4b_kernels/build.py")
+packages = [
+    *find_packages("kernels"),
+    *find_namespace_packages("kernels", include=["r4b_kernels.csrc", "r4b_kernels.csrc.*"]),
+    *find_packages(include=["r4b_core", "r4b_core.*"]),
+    "r4b_core.recipes",
+]
+data = ["**/*.md", "**/*.html", "**/*.j2", "**/*.css", "**/*.js", "*.yaml", "py.typed", "*.cpp", "*.cu", "*.h", "*.cuh"]
 
 setup(
-    packages=[*find_packages("kernels"), *find_packages(include=["r4b_core", "r4b_core.*"]), "r4b_core.recipes"],
+    packages=packages,
     package_dir={"r4b_kernels": "kernels/r4b_kernels", "r4b_core.recipes": "recipes"},
-    package_data={
-        "": ["**/*.md", "**/*.html", "**/*.j2", "**/*.css", "**/*.js", "*.yaml", "py.typed"],
-        "r4b_kernels": ["csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.h", "csrc/**/*.cuh"],
-    },
-    **build["setup_options"](),
+    package_data={"": data},
+    **runpy.run_path("kernels/r4b_kernels/build.py")["setup_options"](),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from r4b_kernels.dispatch import BackendError
 from r4b_kernels.group_advantage import Advantage, group_advantage
 from r4b_kernels.layout import PrefixLayout
+from r4b_kernels.linear_distill import DistillLoss, linear_distill
 from r4b_kernels.linear_logprob import linear_logprob
 from r4b_kernels.pack_groups import Bin, PackCost, PackPlan, pack_groups
 from r4b_kernels.policy_loss_head import PolicyLoss, policy_loss_head
@@ -19,11 +20,13 @@ __all__ = [
     "Advantage",
     "BackendError",
     "Bin",
+    "DistillLoss",
     "PackCost",
     "PackPlan",
     "PolicyLoss",
     "PrefixLayout",
     "group_advantage",
+    "linear_distill",
     "linear_logprob",
     "pack_groups",
     "policy_loss_head",

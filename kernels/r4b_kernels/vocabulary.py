@@ -55,6 +55,11 @@ def shard_start(shard_size: int, group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else group.rank() * shard_size
 
 
+def vocabulary_size(shard_size: int, group: dist.ProcessGroup | None) -> int:
+    """The number of ids in the whole vocabulary."""
+    return shard_size * (1 if group is None else group.size())
+
+
 def merge_shards(local: RowStatistics, group: dist.ProcessGroup | None) -> RowStatistics:
     """The statistics of the whole vocabulary from every rank's own: one max and one sum over [T] and [3, T]."""
     if group is None:
@@ -95,7 +100,7 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: floa
 
 def check_target_range(target: Tensor, shard_size: int, group: dist.ProcessGroup | None) -> None:
     """Raise a ValueError for a target beyond the vocabulary. Reads the values: for backends that run on the host."""
-    vocabulary = shard_size * (1 if group is None else group.size())
+    vocabulary = vocabulary_size(shard_size, group)
     if target.numel() and int(target.max()) >= vocabulary:
         raise ValueError(
             f"target has the id {int(target.max())}, the vocabulary has {vocabulary} rows: "

@@ -17,6 +17,7 @@ __all__ = ["linear_logprob"]
 
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("linear_logprob", "cpu", cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("linear_logprob", "triton", "r4b_kernels.linear_logprob.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("linear_logprob", "reference", reference.Backend)
 
 
@@ -41,14 +42,15 @@ def linear_logprob(
         temperature: divides the logits; positive.
         group: the ranks over which the vocabulary is cut. ``hidden`` and ``target`` are the same on all of them; both
             results are the same on all of them, and hidden's gradient is the full one, already summed over the group.
-        backend: "cpu" or "reference"; None picks by device.
+        backend: "cpu", "triton" or "reference"; None picks by device.
 
     Returns:
         (logprob, entropy), both [T], float32 (float64 for float64 inputs), natural logarithm.
 
     Raises:
         ValueError: naming the argument, for wrong shapes or dtypes, a temperature that is not positive, a backend that
-            cannot serve the device, and on the CPU a target beyond the vocabulary.
+            cannot serve the device, and a target beyond the vocabulary; except that the "triton" backend does not wait
+            for the targets' values and gives NaN for such a row.
     """
     check_head(hidden, weight, target, temperature)
     logprob, entropy, _ = _linear_logprob(hidden, weight, target, float(temperature), group_name(group), backend)

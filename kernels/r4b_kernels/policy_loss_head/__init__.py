@@ -17,6 +17,9 @@ __all__ = ["PolicyLoss", "policy_loss_head"]
 
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("policy_loss_head", "cpu", cpu.forward, dispatch.only_on("cpu"))
+dispatch.register(
+    "policy_loss_head", "triton", "r4b_kernels.policy_loss_head.triton:forward", dispatch.where_triton_runs
+)
 dispatch.register("policy_loss_head", "reference", reference.forward)
 
 
@@ -85,11 +88,12 @@ def policy_loss_head(
         temperature: divides the logits; positive. Use the one the responses were sampled with.
         group: the ranks over which the vocabulary is cut; everything but ``weight`` is the same on all of them, and
             hidden's gradient is the full one, already summed over the group.
-        backend: "cpu" or "reference"; None picks by device.
+        backend: "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
         ValueError: naming the argument, for wrong shapes, dtypes or ranges, ``kl_coef`` without ``ref_logprob``, a
-            backend that cannot serve the device, and on the CPU a target beyond the vocabulary.
+            backend that cannot serve the device, and a target beyond the vocabulary; except that the "triton" backend
+            does not wait for the targets' values and gives NaN for such a row.
     """
     check_head(hidden, weight, target, temperature)
     rows = {"old_logprob": old_logprob, "advantage": advantage, "row_weight": row_weight, "ref_logprob": ref_logprob}

@@ -7,6 +7,8 @@ import statistics
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r4b_kernels import dispatch, group_advantage
 from r4b_kernels.group_advantage import BASELINES
@@ -48,7 +50,30 @@ def test_equals_the_rule(backend: str, baseline: str, std: bool, binary: bool) -
     expected = by_hand(rewards.tolist(), offsets.tolist(), mode.tolist(), baseline, std, 1e-4)
     torch.testing.assert_close(result.advantage, torch.tensor(expected), rtol=1e-6, atol=1e-7)
     assert result.advantage.dtype == torch.float32 and result.token_advantage is None
-    assert torch.equal(result.live, torch.tensor(expected) != 0)
+    live = torch.tensor(expected) != 0
+    assert torch.equal(result.live, live)
+    rows = live.nonzero()[:, 0].tolist()
+    assert result.live_rows.tolist() == rows + [-1] * (len(expected) - len(rows))
+    assert int(result.num_live) == len(rows) and result.live_rows.dtype == result.num_live.dtype == torch.int32
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    groups=st.lists(st.lists(st.tuples(st.floats(-1e4, 1e4, width=32), st.integers(0, 1)), max_size=12), max_size=6),
+    baseline=st.sampled_from(BASELINES),
+    std=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
+)
+def test_any_groups(groups: list[list[tuple[float, int]]], baseline: str, std: bool, backend: str) -> None:
+    members = [member for group in groups for member in group]
+    rewards = torch.tensor([reward for reward, _ in members])
+    mode = torch.tensor([mode for _, mode in members], dtype=torch.int64)
+    offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0)
+    result = group_advantage(rewards, offsets, mode, baseline=baseline, std=std, eps=1e-4, backend=backend)
+    expected = by_hand(rewards.tolist(), offsets.tolist(), mode.tolist(), baseline, std, 1e-4)
+    torch.testing.assert_close(result.advantage, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+    live = result.live.nonzero()[:, 0].tolist()
+    assert result.live_rows.tolist()[: int(result.num_live)] == live
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -99,7 +124,8 @@ def test_nothing_in(backend: str) -> None:
     result = group_advantage(
         torch.zeros(0), torch.zeros(1, dtype=torch.int64), none, token_offsets=torch.zeros(1).long(), backend=backend
     )
-    assert [value.shape for value in result] == [(0,), (0,), (0,)]
+    assert [value.shape for value in result] == [(0,), (0,), (0,), (0,), ()]
+    assert int(result.num_live) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,6 +16,7 @@ BASELINES = ("union", "per_mode", "leave_one_out")
 
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("group_advantage", "cpu", cpu.forward, dispatch.only_on("cpu"))
+dispatch.register("group_advantage", "triton", "r4b_kernels.group_advantage.triton:forward", dispatch.where_triton_runs)
 dispatch.register("group_advantage", "reference", reference.forward)
 
 
@@ -26,11 +27,15 @@ class Advantage(NamedTuple):
         advantage: float32 [N].
         token_advantage: float32 [num_tokens], each response's advantage on its tokens; None without token_offsets.
         live: bool [N], the responses whose advantage is not 0: the others teach nothing (unless a KL term does).
+        live_rows: int32 [N], the indices of the live responses in ascending order, then -1.
+        num_live: int32 scalar, how many of ``live_rows`` count. On the device: nothing waits for it.
     """
 
     advantage: Tensor
     token_advantage: Tensor | None
     live: Tensor
+    live_rows: Tensor
+    num_live: Tensor
 
 
 def group_advantage(
@@ -61,11 +66,12 @@ def group_advantage(
         eps: added to the standard deviation.
         token_offsets: int32 or int64 [N+1]; response n has the tokens ``token_offsets[n]:token_offsets[n+1]``. From 0.
         num_tokens: ``token_offsets[-1]``; without it that entry is read, which waits for the device on a GPU.
-        backend: "cpu" or "reference"; None picks by device.
+        backend: "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
         ValueError: naming the argument, for wrong shapes, dtypes or an unknown baseline; on the CPU also for offsets
-            that do not cover the input, a mode that is neither 0 nor 1, and a reward that is not finite.
+            that do not cover the input, a mode that is neither 0 nor 1, and a reward that is not finite. On a GPU such
+            values are not waited for: a group that holds one gets NaN, and counts as live.
     """
     if rewards.dim() != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating-point [N], it is {rewards.dtype} {tuple(rewards.shape)}")
@@ -88,10 +94,10 @@ def group_advantage(
         num_tokens = 0
     elif num_tokens is None:
         num_tokens = int(token_offsets[-1])
-    advantage, token_advantage, live = _group_advantage(
+    advantage, token_advantage, *live = _group_advantage(
         rewards.detach(), group_offsets, mode, baseline, std, float(eps), token_offsets, num_tokens, backend
     )
-    return Advantage(advantage, None if token_offsets is None else token_advantage, live)
+    return Advantage(advantage, None if token_offsets is None else token_advantage, *live)
 
 
 @torch.library.custom_op("r4b_kernels::group_advantage", mutates_args=())
@@ -105,24 +111,22 @@ def _group_advantage(
     token_offsets: Tensor | None,
     num_tokens: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if rewards.device.type == "cpu":
         _check_values(rewards, group_offsets, mode, token_offsets, num_tokens)
     implementation = dispatch.resolve("group_advantage", rewards.device, backend, rewards)
-    advantage = implementation(rewards, group_offsets, mode, baseline, std, eps).to(torch.float32)
-    tokens = advantage.new_empty(0)
-    if token_offsets is not None:
-        tokens = advantage.repeat_interleave(token_offsets.diff().to(torch.int64), output_size=num_tokens)
-    return advantage, tokens, advantage != 0
+    return implementation(rewards, group_offsets, mode, baseline, std, eps, token_offsets, num_tokens)
 
 
 @_group_advantage.register_fake
-def _(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(rewards: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens = rest[-2]
     return (
         rewards.new_empty(rewards.shape, dtype=torch.float32),
         rewards.new_empty(num_tokens, dtype=torch.float32),
         rewards.new_empty(rewards.shape, dtype=torch.bool),
+        rewards.new_empty(rewards.shape, dtype=torch.int32),
+        rewards.new_empty((), dtype=torch.int32),
     )
 
 

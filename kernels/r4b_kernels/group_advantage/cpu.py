@@ -5,8 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r4b_kernels.group_advantage.reference import complete
 
-def forward(rewards: Tensor, group_offsets: Tensor, mode: Tensor, baseline: str, std: bool, eps: float) -> Tensor:
+
+def forward(
+    rewards: Tensor,
+    group_offsets: Tensor,
+    mode: Tensor,
+    baseline: str,
+    std: bool,
+    eps: float,
+    token_offsets: Tensor | None,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(advantage, token_advantage, live, live_rows, num_live): see group_advantage."""
+    return complete(advantages(rewards, group_offsets, mode, baseline, std, eps), token_offsets, num_tokens)
+
+
+def advantages(rewards: Tensor, group_offsets: Tensor, mode: Tensor, baseline: str, std: bool, eps: float) -> Tensor:
     """float64 [N]."""
     num_groups = group_offsets.numel() - 1
     exact = rewards.to(torch.float64)

@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 
 
-def forward(rewards: Tensor, group_offsets: Tensor, mode: Tensor, baseline: str, std: bool, eps: float) -> Tensor:
+def forward(
+    rewards: Tensor,
+    group_offsets: Tensor,
+    mode: Tensor,
+    baseline: str,
+    std: bool,
+    eps: float,
+    token_offsets: Tensor | None,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(advantage, token_advantage, live, live_rows, num_live): see group_advantage."""
+    return complete(advantages(rewards, group_offsets, mode, baseline, std, eps), token_offsets, num_tokens)
+
+
+def advantages(rewards: Tensor, group_offsets: Tensor, mode: Tensor, baseline: str, std: bool, eps: float) -> Tensor:
     """float64 [N]."""
     exact = rewards.to(torch.float64)
     advantage = torch.zeros_like(exact)
@@ -26,3 +40,17 @@ def _of_set(rewards: Tensor, baseline: str, std: bool, eps: float) -> Tensor:
     others = (rewards.sum() - rewards) / (n - 1)
     difference = rewards - (others if baseline == "leave_one_out" else rewards.mean())
     return difference / (rewards.std(correction=1) + eps) if std else difference
+
+
+def complete(
+    advantage: Tensor, token_offsets: Tensor | None, num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All results of the op from the float64 advantages [N]."""
+    advantage = advantage.to(torch.float32)
+    tokens = advantage.new_empty(0)
+    if token_offsets is not None:
+        tokens = advantage.repeat_interleave(token_offsets.diff().to(torch.int64), output_size=num_tokens)
+    live = advantage != 0
+    rows = live.nonzero()[:, 0].to(torch.int32)
+    live_rows = torch.cat([rows, rows.new_full((live.numel() - rows.numel(),), -1)])
+    return advantage, tokens, live, live_rows, live.sum(dtype=torch.int32)

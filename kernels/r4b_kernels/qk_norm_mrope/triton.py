@@ -25,8 +25,8 @@ LARGEST_HEAD = 1024
 PAIRS = 1024
 FORWARD_HEADS = 4
 BACKWARD_HEADS = 2
-# Programs that keep a large GPU busy: with fewer blocks of tokens than this, the heads are shared out as well.
-ENOUGH_PROGRAMS = 512
+# Programs that fill a large GPU several times over: with fewer blocks of tokens, the heads are shared out as well.
+ENOUGH_PROGRAMS = 1024
 # Tile of the sum over the programs' shares of a weight's gradient.
 SUM_ROWS, SUM_COLUMNS = 128, 16
 

@@ -66,7 +66,7 @@ def flags(kind: str) -> tuple[str, ...]:
 def object_name(kind: str) -> str:
     """File name of the object that the sources of today make."""
     digest = hashlib.sha256("\0".join((platform.system(), platform.machine(), *flags(kind))).encode())
-    headers = [path for path in SOURCES.rglob("*") if path.suffix in HEADERS]
+    headers = [path for folder in (SOURCES, SOURCES / kind) for path in folder.glob("*") if path.suffix in HEADERS]
     for path in [*sources(kind), *sorted(headers)]:
         digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{kind}-{digest.hexdigest()[:16]}.so"

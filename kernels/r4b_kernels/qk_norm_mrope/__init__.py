@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r4b_kernels import dispatch
+from r4b_kernels import dispatch, native
 from r4b_kernels.qk_norm_mrope import cpu as _cpu
 from r4b_kernels.qk_norm_mrope import reference as _reference
 
 # Order is preference: the reference serves only where nothing better does.
+dispatch.register("qk_norm_mrope", "native", "r4b_kernels.qk_norm_mrope.native:Backend", native.cpu_available)
 dispatch.register("qk_norm_mrope", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
 dispatch.register("qk_norm_mrope", "triton", "r4b_kernels.qk_norm_mrope.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("qk_norm_mrope", "reference", _reference.Backend)

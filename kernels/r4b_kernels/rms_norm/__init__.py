@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r4b_kernels import dispatch
+from r4b_kernels import dispatch, native
 from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.rms_norm import cpu, reference
 
 __all__ = ["rms_norm"]
 
 # Order is preference: the reference serves only where nothing better does.
+dispatch.register("rms_norm", "native", "r4b_kernels.rms_norm.native:Backend", native.cpu_available)
 dispatch.register("rms_norm", "cpu", cpu.Backend, dispatch.only_on("cpu"))
 dispatch.register("rms_norm", "triton", "r4b_kernels.rms_norm.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("rms_norm", "reference", reference.Backend)
@@ -29,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
         x: [..., H].
         weight: [H], of any floating dtype; the result has the promoted dtype of x and weight.
         eps: added to the mean square.
-        backend: "cpu", "triton" or "reference"; None picks by device.
+        backend: "native", "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
         ValueError: if weight is not [H], or the backend cannot serve the device.

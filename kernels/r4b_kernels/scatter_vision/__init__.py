@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r4b_kernels import dispatch
+from r4b_kernels import dispatch, native
 from r4b_kernels.scatter_vision import cpu as _cpu
 from r4b_kernels.scatter_vision import reference as _reference
 
+dispatch.register("scatter_vision", "native", "r4b_kernels.scatter_vision.native:Backend", native.cpu_available)
 dispatch.register("scatter_vision", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("scatter_vision", "triton", "r4b_kernels.scatter_vision.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("scatter_vision", "reference", _reference.Backend)
 
 
@@ -21,8 +23,8 @@ def scatter_vision(
     """Row t is ``features[index[t]]`` (plus ``embeddings[t]`` if accumulate) or, for an index of -1, ``embeddings[t]``.
 
     Replacing is how image tokens get their embedding; adding is how DeepStack (Qwen3-VL) feeds early layers. A feature
-    row may be used by several tokens, its gradient is then their sum in ascending token order (float32 sum,
-    bit-repeatable), or by none.
+    row may be used by several tokens, its gradient is then their sum (in float32, in an order that the
+    index alone decides), or by none. On a GPU nothing waits for the index: one outside -1 .. P-1 makes its row NaN.
 
     Args:
         embeddings: [T, H], floating point.

@@ -23,11 +23,11 @@ constexpr int kStages = 3;
 constexpr float kLn2 = 0.6931471805599453f;
 
 struct Arguments {
-  const PrefixTile* tiles;
-  const int* num_tiles;
-  const int* offsets;
+  const PrefixTile* tiles;  // [slots]
+  const int* offsets;       // [S + 1]
   uint16_t* out;  // bfloat16 [T, Hq, D]
   float* lse;     // [T, Hq]
+  int slots, num_segments;         // of the list of tiles; S
   int num_heads, queries_per_key;  // Hq, Hq / Hk
   float scale;                     // > 0
 };
@@ -64,12 +64,22 @@ struct Slot {
   }
 };
 
-// Item `turn` of this block, or -1 past the last: rounds over the blocks, every other one backwards, because the tiles
-// come with most keys first. An item is a tile of one query head; the heads of a tile are neighbours and share its keys.
-__device__ int work_item(int turn, int items) {
+// A tile for one query head.
+struct Item {
+  PrefixTile tile;
+  int head;
+};
+
+// Item `turn` of this block; false past the last. Rounds over the blocks, every other one backwards, because the tiles
+// with most keys come first. The heads of a tile are neighbours and share its keys.
+__device__ bool next_item(const Arguments& args, int turn, Item& item) {
   const int column = turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int64_t item = static_cast<int64_t>(turn) * gridDim.x + column;
-  return item < items ? static_cast<int>(item) : -1;
+  const int index = turn * gridDim.x + column;
+  const int place = index / args.num_heads;
+  if (place >= args.slots) return false;
+  item.tile = args.tiles[place];
+  item.head = index - place * args.num_heads;
+  return item.tile.row_begin < item.tile.row_end;
 }
 
 template <int kHeadDim>
@@ -85,18 +95,18 @@ template <int kHeadDim>
 __device__ void produce(
     uint32_t shared, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, const Arguments& args) {
   using Layout = Shared<kHeadDim>;
-  const int items = *args.num_tiles * args.num_heads;
+  Item item;
   Slot slot;
   uint32_t q_parity = 0;
-  for (int turn = 0, item; (item = work_item(turn, items)) >= 0; ++turn) {
-    const PrefixTile tile = args.tiles[item / args.num_heads];
-    const int head = item % args.num_heads, blocks = key_blocks(tile);
+  for (int turn = 0; next_item(args, turn, item); ++turn) {
+    const int blocks = key_blocks(item.tile);
     if (blocks == 0) continue;
     barrier_wait(shared + Layout::q_empty(), q_parity ^ 1);
-    load_tile<kHeadDim>(shared + Layout::kQ, q_map, shared + Layout::q_full(), head, tile.row_begin);
+    load_tile<kHeadDim>(shared + Layout::kQ, q_map, shared + Layout::q_full(), item.head,
+                        item.tile.row_begin);
     q_parity ^= 1;
     for (int j = 0; j < blocks; ++j, slot.advance()) {
-      const int key = key_block(tile, j).begin, key_head = head / args.queries_per_key;
+      const int key = key_block(item.tile, j).begin, key_head = item.head / args.queries_per_key;
       const uint32_t offset = slot.stage * Layout::kTile;
       barrier_wait(shared + Layout::k_empty(slot.stage), slot.parity ^ 1);
       load_tile<kHeadDim>(shared + Layout::kK + offset, k_map, shared + Layout::k_full(slot.stage), key_head, key);
@@ -259,14 +269,15 @@ struct Consumer {
 
   // Padding (output 0, log-sum-exp -inf) or rows of a malformed layout (NaN).
   __device__ void store_constant(const PrefixTile& tile, int head) const {
-    const uint32_t value = tile.malformed ? 0x7fff7fffu : 0u;
+    const bool broken = tile.flags & kBroken;
+    const uint32_t value = broken ? 0x7fff7fffu : 0u;
     constexpr int kChunks = kHeadDim / 8;  // of 16 bytes in a row
     for (int i = thread; i < kRows * kChunks; i += kWarpgroup) {
       const int token = tile.row_begin + index * kRows + i / kChunks;
       if (token >= tile.row_end) return;
       const int64_t place = static_cast<int64_t>(token) * args.num_heads + head;
       *reinterpret_cast<uint4*>(args.out + place * kHeadDim + i % kChunks * 8) = uint4{value, value, value, value};
-      if (i % kChunks == 0) args.lse[place] = tile.malformed ? NAN : -INFINITY;
+      if (i % kChunks == 0) args.lse[place] = broken ? NAN : -INFINITY;
     }
   }
 
@@ -280,7 +291,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       row[i] = first_row + accumulator_row(thread, 2 * i);
-      begin[i] = segment_begin(tile, args.offsets, row[i]);
+      begin[i] = segment_begin(tile, args.offsets, args.num_segments, row[i]);
       highest[i] = -INFINITY;
       total[i] = 0.0f;
     }
@@ -341,18 +352,17 @@ struct Consumer {
   }
 
   __device__ void run() {
-    const int items = *args.num_tiles * args.num_heads;
+    Item item;
     Slot slot;
     uint32_t q_parity = 0;
     if (index == 1) pass_turn();
 #pragma unroll 1
-    for (int turn = 0, item; (item = work_item(turn, items)) >= 0; ++turn) {
-      const PrefixTile tile = args.tiles[item / args.num_heads];
-      if (key_blocks(tile) == 0) {
-        store_constant(tile, item % args.num_heads);
+    for (int turn = 0; next_item(args, turn, item); ++turn) {
+      if (key_blocks(item.tile) == 0) {
+        store_constant(item.tile, item.head);
         continue;
       }
-      attend(tile, item % args.num_heads, slot, q_parity);
+      attend(item.tile, item.head, slot, q_parity);
       q_parity ^= 1;
     }
     if (index == 0) wait_for_turn();  // takes the turn that is left over
@@ -448,11 +458,11 @@ void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// q [T, Hq, D], k and v [T, Hk, D] bfloat16; offsets [S + 1], tiles [capacity, 8] and count [1] int32 from
-// prefix_schedule; out [T, Hq, D] bfloat16 and lse [T, Hq] float32, both contiguous.
+// q [T, Hq, D], k and v [T, Hk, D] bfloat16; offsets int32 [S + 1] and tiles int32 [slots, 8], of 128 rows; out
+// [T, Hq, D] bfloat16 and lse [T, Hq] float32, both contiguous.
 void prefix_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const Tensor& tiles, const Tensor& count,
-    double scale, const Tensor& out, const Tensor& lse) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const Tensor& tiles, double scale,
+    const Tensor& out, const Tensor& lse) {
   const int64_t tokens = q.size(0), heads = q.size(1), head_dim = q.size(2);
   for (const Tensor* tensor : {&q, &k, &v}) {
     check(tensor->scalar_type() == ScalarType::BFloat16 && tensor->dim() == 3 && tensor->size(0) == tokens &&
@@ -461,32 +471,33 @@ void prefix_attention(
   }
   check(k.size(1) == v.size(1) && k.size(1) > 0 && heads % k.size(1) == 0, "the heads of k and v must divide those of q");
   check(scale > 0, "scale must be positive");
-  const int64_t capacity = most_tiles(tokens, offsets.numel() - 1);
-  check(capacity * heads < INT_MAX, "tiles times heads must fit 32 bits");
+  const int64_t segments = offsets.numel() - 1, slots = num_slots(tokens, segments, kTileRows);
+  check(segments >= 0 && tokens + kTileRows < INT_MAX && slots * heads < INT_MAX / 2,
+        "the numbers of tokens and of tiles times heads must fit 32 bits");
   check_tensor(offsets, ScalarType::Int, offsets.numel(), "offsets must be int32 [S + 1]");
-  check_tensor(tiles, ScalarType::Int, capacity * kTileInts, "tiles must be int32 [capacity, 8]");
-  check_tensor(count, ScalarType::Int, 1, "count must be int32 [1]");
+  check_tensor(tiles, ScalarType::Int, slots * kTileInts, "tiles must be int32 [slots, 8]");
   check_tensor(out, ScalarType::BFloat16, q.numel(), "out must be bfloat16 [T, Hq, D]");
   check_tensor(lse, ScalarType::Float, tokens * heads, "lse must be float32 [T, Hq]");
   if (q.numel() == 0) return;
   const Arguments args{static_cast<const PrefixTile*>(tiles.const_data_ptr()),
-                       count.const_data_ptr<int>(),
                        offsets.const_data_ptr<int>(),
                        static_cast<uint16_t*>(out.mutable_data_ptr()),
                        lse.mutable_data_ptr<float>(),
+                       static_cast<int>(slots),
+                       static_cast<int>(segments),
                        static_cast<int>(heads),
                        static_cast<int>(heads / k.size(1)),
                        static_cast<float>(scale)};
   check(head_dim == 64 || head_dim == 128, "D must be 64 or 128");
-  (head_dim == 64 ? launch<64> : launch<128>)(q, k, v, args, capacity * heads);
+  (head_dim == 64 ? launch<64> : launch<128>)(q, k, v, args, slots * heads);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(r4b_native, library) {
   library.def(
-      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor tiles, Tensor count, float scale, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor tiles, float scale, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r4b_native, CUDA, library) {

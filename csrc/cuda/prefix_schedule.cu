@@ -49,7 +49,7 @@ struct Layout {
   __device__ int begin(int segment) const { return offsets[segment]; }
   __device__ int end(int segment) const { return segment < num_segments ? offsets[segment + 1] : num_tokens; }
   __device__ bool starts_run(int segment) const {
-    return segment == 0 || segment == num_segments || parent[segment] < 0 || parent[segment] != parent[segment - 1];
+    return segment == 0 || segment == num_segments || parent[segment] != parent[segment - 1];
   }
   __device__ bool malformed(int segment) const {
     const int owner = parent[segment];
@@ -59,58 +59,65 @@ struct Layout {
 };
 
 __device__ int cost(const PrefixTile& tile) {
-  return tile.parent_end - tile.parent_begin + tile.row_end - tile.own_begin;
+  return tile.parent_end - tile.parent_begin + tile.own_end - tile.own_begin;
 }
 
-// Tile `index` of the segment list; of_segment[s] tiles begin before segment s, whose run begins at run_begin[s].
-__device__ PrefixTile make_tile(const Layout& layout, const int* of_segment, const int* run_begin, int index) {
-  int low = 0, high = layout.num_segments;  // the last segment before which at most `index` tiles begin
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (of_segment[middle] <= index) low = middle;
+// Rows [index * rows, ...) of a malformed layout, or an empty tile past the last of them.
+__device__ PrefixTile broken_tile(const Layout& layout, int rows, int index) {
+  PrefixTile tile{};
+  tile.row_begin = static_cast<int>(min(static_cast<int64_t>(index) * rows, static_cast<int64_t>(layout.num_tokens)));
+  tile.row_end = min(tile.row_begin + rows, layout.num_tokens);
+  tile.flags = kPadding | kBroken;
+  return tile;
+}
+
+// Tile `index`: `before[s]` tiles begin before segment s, whose run begins with segment run[s].
+__device__ PrefixTile make_tile(const Layout& layout, const int* before, const int* run, int rows, int index) {
+  int segment = 0, high = layout.num_segments;  // the last segment before which at most `index` tiles begin
+  while (segment < high) {
+    const int middle = (segment + high + 1) / 2;
+    if (before[middle] <= index) segment = middle;
     else high = middle - 1;
   }
-  const int run = run_begin[low];
   PrefixTile tile{};
-  tile.row_begin = run + (ceil_div(layout.begin(low) - run, kTileRows) + index - of_segment[low]) * kTileRows;
-  const int full = tile.row_begin + kTileRows;
-  int stop = low + 1;
-  while (layout.end(stop - 1) < full && stop < layout.num_segments && !layout.starts_run(stop)) ++stop;
-  tile.row_end = min(full, layout.end(stop - 1));
-  tile.first_segment = low;
-  tile.end_segment = stop;
-  tile.own_begin = low < layout.num_segments ? layout.begin(low) : tile.row_end;
-  if (const int owner = low < layout.num_segments ? layout.parent[low] : -1; owner >= 0) {
+  tile.segment = run[segment];
+  const int run_begin = layout.begin(tile.segment);
+  tile.row_begin =
+      run_begin + (ceil_div(layout.begin(segment) - run_begin, rows) + index - before[segment]) * rows;
+  int last = segment;
+  while (layout.end(last) < tile.row_begin + rows && last + 1 < layout.num_segments && !layout.starts_run(last + 1)) {
+    ++last;
+  }
+  tile.row_end = min(tile.row_begin + rows, layout.end(last));
+  if (segment == layout.num_segments) {
+    tile.flags = kPadding;
+    return tile;
+  }
+  tile.own_begin = layout.begin(segment);
+  tile.own_end = tile.row_end;
+  if (layout.end(segment) < tile.row_end) tile.flags = kStraddles;
+  if (const int owner = layout.parent[segment]; owner >= 0) {
     tile.parent_begin = layout.begin(owner);
     tile.parent_end = layout.end(owner);
   }
   return tile;
 }
 
-// tiles [capacity], count [1], scratch [2 (S + 1) + 9 capacity] integers. A malformed layout gives tiles over all T rows
-// that are marked so: nothing is read or written out of bounds, and the attention's output is NaN.
+// tiles [slots], scratch int32 [2 (S + 1) + 9 slots]. A malformed layout gives tiles over all T rows that are marked so:
+// nothing is read or written out of bounds, and the attention's output is NaN.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) build_schedule(
-    Layout layout, int capacity, PrefixTile* tiles, int* count, int* scratch) {
-  int* of_segment = scratch;
-  int* run_begin = of_segment + layout.num_segments + 1;
-  int* classes = run_begin + layout.num_segments + 1;
-  int* unsorted = classes + capacity;  // PrefixTile [capacity], as integers: not aligned
+    Layout layout, int rows, int slots, PrefixTile* tiles, int* scratch) {
+  int* before = scratch;
+  int* run = before + layout.num_segments + 1;
+  int* classes = run + layout.num_segments + 1;
+  int* unsorted = classes + slots;  // field after field of PrefixTile [slots]
   const int thread = threadIdx.x;
 
   bool bad = layout.num_segments == 0 && layout.offsets[0] != 0;
   for (int segment = thread; segment < layout.num_segments; segment += kThreads) bad |= layout.malformed(segment);
   if (__syncthreads_or(bad)) {
-    const int total = ceil_div(layout.num_tokens, kTileRows);
-    for (int index = thread; index < total; index += kThreads) {
-      PrefixTile tile{};
-      tile.row_begin = index * kTileRows;
-      tile.row_end = min(tile.row_begin + kTileRows, layout.num_tokens);
-      tile.own_begin = tile.row_end;
-      tile.malformed = 1;
-      tiles[index] = tile;
-    }
-    if (thread == 0) *count = total;
+    for (int index = thread; index < slots; index += kThreads) tiles[index] = broken_tile(layout, rows, index);
     return;
   }
 
@@ -118,16 +125,16 @@ __global__ void __launch_bounds__(kThreads) build_schedule(
   for (int base = 0; base <= layout.num_segments; base += kThreads) {
     const int segment = base + thread;
     const bool real = segment <= layout.num_segments;
-    const int run =
-        scan<kThreads>(real && layout.starts_run(segment) ? layout.begin(segment) : 0, run_carry, Max{});
+    const int first = scan<kThreads>(real && layout.starts_run(segment) ? segment : 0, run_carry, Max{});
     int begins = 0;  // tiles whose first row lies in the segment
     if (real) {
-      begins = ceil_div(layout.end(segment) - run, kTileRows) - ceil_div(layout.begin(segment) - run, kTileRows);
+      const int run_begin = layout.begin(first);
+      begins = ceil_div(layout.end(segment) - run_begin, rows) - ceil_div(layout.begin(segment) - run_begin, rows);
     }
     const int after = scan<kThreads>(begins, total, Sum{});
     if (real) {
-      of_segment[segment] = after - begins;
-      run_begin[segment] = run;
+      before[segment] = after - begins;
+      run[segment] = first;
     }
   }
   __syncthreads();
@@ -138,10 +145,10 @@ __global__ void __launch_bounds__(kThreads) build_schedule(
   for (int i = thread; i < kCostClasses; i += kThreads) first_of_class[i] = 0;
   __syncthreads();
   for (int index = thread; index < total; index += kThreads) {
-    const PrefixTile tile = make_tile(layout, of_segment, run_begin, index);
-    const int fields[kTileInts] = {tile.row_begin,    tile.row_end,    tile.first_segment, tile.end_segment,
-                                   tile.parent_begin, tile.parent_end, tile.own_begin,     tile.malformed};
-    for (int i = 0; i < kTileInts; ++i) unsorted[i * capacity + index] = fields[i];
+    const PrefixTile tile = make_tile(layout, before, run, rows, index);
+    const int fields[kTileInts] = {tile.row_begin, tile.row_end, tile.parent_begin, tile.parent_end,
+                                   tile.own_begin, tile.own_end, tile.flags,        tile.segment};
+    for (int i = 0; i < kTileInts; ++i) unsorted[i * slots + index] = fields[i];
     classes[index] = cost(tile);
     atomicMax(&largest, cost(tile));
   }
@@ -153,12 +160,11 @@ __global__ void __launch_bounds__(kThreads) build_schedule(
   }
   __syncthreads();
   if (thread == 0) {
-    for (int i = 0, before = 0; i < kCostClasses; ++i) {
+    for (int i = 0, sum = 0; i < kCostClasses; ++i) {
       const int size = first_of_class[i];
-      first_of_class[i] = before;
-      before += size;
+      first_of_class[i] = sum;
+      sum += size;
     }
-    *count = total;
   }
   __syncthreads();
   for (int wanted = thread / 32; wanted < kCostClasses; wanted += kThreads / 32) {
@@ -168,13 +174,14 @@ __global__ void __launch_bounds__(kThreads) build_schedule(
       const bool match = index < total && classes[index] == wanted;
       const unsigned matches = __ballot_sync(~0u, match);
       if (match) {
-        const auto field = [&](int i) { return unsorted[i * capacity + index]; };
+        const auto field = [&](int i) { return unsorted[i * slots + index]; };
         tiles[place + __popc(matches & ((1u << lane) - 1))] = {field(0), field(1), field(2), field(3),
                                                                field(4), field(5), field(6), field(7)};
       }
       place += __popc(matches);
     }
   }
+  for (int index = total + thread; index < slots; index += kThreads) tiles[index] = PrefixTile{};
 }
 
 }  // namespace
@@ -187,31 +194,30 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-// offsets int32 [S + 1], parent int32 [S]; tiles int32 [capacity, 8], count int32 [1].
+// offsets int32 [S + 1], parent int32 [S]; tiles int32 [slots, 8], of at most `rows` rows each.
 void prefix_schedule(
-    const Tensor& offsets, const Tensor& parent, int64_t num_tokens, const Tensor& tiles, const Tensor& count) {
+    const Tensor& offsets, const Tensor& parent, int64_t num_tokens, int64_t rows, const Tensor& tiles) {
   using namespace r4b;
-  const int64_t segments = parent.numel(), capacity = most_tiles(num_tokens, segments);
-  check(num_tokens >= 0 && num_tokens + kTileRows < INT_MAX, "num_tokens must fit 32 bits");
-  check_tensor(offsets, torch::headeronly::ScalarType::Int, segments + 1, "offsets must be int32 [S + 1]");
-  check_tensor(parent, torch::headeronly::ScalarType::Int, segments, "parent must be int32 [S]");
-  check_tensor(tiles, torch::headeronly::ScalarType::Int, capacity * kTileInts, "tiles must be int32 [capacity, 8]");
-  check_tensor(count, torch::headeronly::ScalarType::Int, 1, "count must be int32 [1]");
+  const int64_t segments = parent.numel(), slots = num_slots(num_tokens, segments, rows);
+  check(rows > 0 && num_tokens >= 0 && num_tokens + rows < INT_MAX && (2 + kTileInts) * slots < INT_MAX,
+        "num_tokens and rows must fit 32 bits");
+  check_tensor(offsets, ScalarType::Int, segments + 1, "offsets must be int32 [S + 1]");
+  check_tensor(parent, ScalarType::Int, segments, "parent must be int32 [S]");
+  check_tensor(tiles, ScalarType::Int, slots * kTileInts, "tiles must be int32 [T / rows + S + 2, 8]");
   const DeviceGuard guard(offsets);
-  const Tensor scratch = torch::stable::new_empty(offsets, {2 * (segments + 1) + (1 + kTileInts) * capacity});
+  const Tensor scratch = torch::stable::new_empty(offsets, {2 * (segments + 1) + (1 + kTileInts) * slots});
   const Layout layout{offsets.const_data_ptr<int>(), parent.const_data_ptr<int>(), static_cast<int>(segments),
                       static_cast<int>(num_tokens)};
   build_schedule<kThreads><<<1, kThreads, 0, guard.stream()>>>(
-      layout, static_cast<int>(capacity), static_cast<PrefixTile*>(tiles.mutable_data_ptr()),
-      count.mutable_data_ptr<int>(), scratch.mutable_data_ptr<int>());
+      layout, static_cast<int>(rows), static_cast<int>(slots), static_cast<PrefixTile*>(tiles.mutable_data_ptr()),
+      scratch.mutable_data_ptr<int>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(r4b_native, library) {
-  library.def(
-      "prefix_schedule(Tensor offsets, Tensor parent, int num_tokens, Tensor(a!) tiles, Tensor(b!) count) -> ()");
+  library.def("prefix_schedule(Tensor offsets, Tensor parent, int num_tokens, int rows, Tensor(a!) tiles) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r4b_native, CUDA, library) { library.impl("prefix_schedule", TORCH_BOX(&prefix_schedule)); }

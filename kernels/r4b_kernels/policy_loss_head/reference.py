@@ -29,6 +29,12 @@ class Rows(NamedTuple):
         target, old_logprob, advantage, row_weight = (value[index] for value in rows)
         return Rows(target, old_logprob, advantage, row_weight, ref_logprob)
 
+    def contiguous(self) -> Rows:
+        ref_logprob = None if self.ref_logprob is None else self.ref_logprob.contiguous()
+        rows = self.target, self.old_logprob, self.advantage, self.row_weight
+        target, old_logprob, advantage, row_weight = (value.contiguous() for value in rows)
+        return Rows(target, old_logprob, advantage, row_weight, ref_logprob)
+
     @property
     def has_loss(self) -> Tensor:
         return (self.target >= 0) & (self.row_weight != 0)

@@ -104,7 +104,7 @@ def forward(
     """(loss, logprob, entropy, ratio, kl, clipped, d loss / d hidden, d loss / d weight)."""
     ranks = group_of(group)
     start, vocabulary = shard_start(weight.shape[0], ranks), vocabulary_size(weight.shape[0], ranks)
-    rows = Rows(*(None if value is None else value.contiguous() for value in rows))
+    rows = rows.contiguous()
     metrics = Metrics(rows, accumulation_dtype(hidden.dtype))
     gradients = GradientAccumulator(hidden, weight, need_hidden, need_weight)
     live, idle = live_and_idle(rows, objective, need_hidden or need_weight)

@@ -1,7 +1,7 @@
 """verl's own modules, imported without ray.
 
 verl imports ray for the processes that it starts, of which the functions compared here know nothing; ray is 80 MB.
-Where it is missing, an empty module stands in for it while verl is imported, with the one name that annotations mention.
+Where it is missing, an empty module with the one name that annotations mention stands in for it during the import.
 """
 
 from __future__ import annotations

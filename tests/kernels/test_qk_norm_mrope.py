@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
@@ -37,19 +39,22 @@ def run(inputs: list[Tensor], position_ids: Tensor, backend: str | None = None, 
     return dict(zip(NAMES, (*outputs, *torch.autograd.grad(outputs, leaves, grads)), strict=True))
 
 
-def transformers_qwen3(inputs: list[Tensor], position_ids: Tensor, sections: list[int] | None) -> dict[str, Tensor]:
-    """transformers' Qwen3 norm and rotation; cos and sin from its (interleaved) Qwen3-VL embedding."""
+def transformers_qwen3(
+    inputs: list[Tensor], position_ids: Tensor, sections: list[int] | None, interleaved: bool = True
+) -> dict[str, Tensor]:
+    """transformers' Qwen3 norm and rotation; cos and sin from its embedding for Qwen3-VL (interleaved) or Qwen2-VL."""
     q, k, q_weight, k_weight, grad_q, grad_k = inputs
     dim = q.shape[-1]
     half = dim // 2
-    config = Qwen3VLTextConfig(
+    config = (Qwen3VLTextConfig if interleaved else Qwen2VLTextConfig)(
         hidden_size=4 * dim,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=dim,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections or [half, 0, 0]},
     )
-    cos, sin = Qwen3VLTextRotaryEmbedding(config)(q, position_ids[:, None])
+    config.head_dim = dim
+    embedding = (Qwen3VLTextRotaryEmbedding if interleaved else Qwen2VLRotaryEmbedding)(config)
+    cos, sin = embedding(q, position_ids[:, None])
     normed = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         norm = Qwen3RMSNorm(dim, eps=1e-6)
@@ -61,20 +66,12 @@ def transformers_qwen3(inputs: list[Tensor], position_ids: Tensor, sections: lis
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("sections", [None, [6, 5, 5], [8, 8, 0]])
-def test_is_transformers_qwen3(sections: list[int] | None, backend: str) -> None:
+@pytest.mark.parametrize("interleaved", [True, False], ids=["qwen3_vl", "qwen2_vl"])
+@pytest.mark.parametrize("sections", [None, [6, 5, 5], [8, 8, 0]], ids=str)
+def test_is_transformers(sections: list[int] | None, interleaved: bool, backend: str) -> None:
     inputs, position_ids = tensors(65, torch.float32), positions(65)
-    truth = transformers_qwen3(inputs, position_ids, sections)
-    mine = run(inputs, position_ids, backend, sections=sections, interleaved=True)
-    for key, value in truth.items():
-        torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-6 * value.abs().max().item(), msg=key)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_is_transformers_qwen3_at_small_positions(backend: str) -> None:
-    inputs, position_ids = tensors(65, torch.float32), positions(65) % 8
-    truth = transformers_qwen3(inputs, position_ids, [6, 5, 5])
-    mine = run(inputs, position_ids, backend, sections=[6, 5, 5], interleaved=True)
+    truth = transformers_qwen3(inputs, position_ids, sections, interleaved)
+    mine = run(inputs, position_ids, backend, sections=sections, interleaved=interleaved)
     for key, value in truth.items():
         torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-6 * value.abs().max().item(), msg=key)
 

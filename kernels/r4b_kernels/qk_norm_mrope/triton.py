@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.qk_norm_mrope.reference import frequencies
-from r4b_kernels.triton_support import accumulator
+from r4b_kernels.triton_support import accumulator, sum_partials
 
 WARPS = 4
 LARGEST_HEAD = 1024
@@ -27,8 +27,6 @@ FORWARD_HEADS = 4
 BACKWARD_HEADS = 2
 # Programs that fill a large GPU several times over: with fewer blocks of tokens, the heads are shared out as well.
 ENOUGH_PROGRAMS = 1024
-# Tile of the sum over the programs' shares of a weight's gradient.
-SUM_ROWS, SUM_COLUMNS = 128, 16
 
 
 class Backend:
@@ -75,7 +73,6 @@ class Backend:
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-        dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
         grid, tile = _launch(q, k, BACKWARD_HEADS)
         shares = q.new_empty((2, grid[0] * grid[1], q.shape[-1]), dtype=accumulation_dtype(q.dtype))
         if grid[0]:
@@ -88,10 +85,7 @@ class Backend:
                 *(position_ids, *position_ids.stride(), _frequencies(q, theta, axes), shares, q.shape[0], eps),
                 **(tile | strides | {"AXES": 3 if len(axes) else 1}),
             )
-        _sum_shares[2, triton.cdiv(q.shape[-1], SUM_COLUMNS)](
-            *(shares, dq_weight, dk_weight, shares.shape[1], shares.shape[2]), ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
-        )
-        return dq, dk, dq_weight, dk_weight
+        return dq, dk, sum_partials(shares[0], q_weight.dtype), sum_partials(shares[1], k_weight.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -220,24 +214,6 @@ def _backward_heads(
         along = (tl.sum(h1 * n1 + h2 * n2, axis=2) / D)[:, :, None]
         _store_halves(dx, (row * heads + head) * D + pair, (h1 - n1 * along) * rstd, (h2 - n2 * along) * rstd, mask, D)
     _store_halves(share, column, tl.sum(dw1, axis=0), tl.sum(dw2, axis=0), column < D // 2, D)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _sum_shares(shares, dq_weight, dk_weight, programs, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The weights' gradients from every program's share of them, [2, programs, D], in a fixed order."""
-    which = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], dtype=shares.dtype.element_ty)
-    for first in range(0, programs, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < programs)[:, None] & (column < D)[None, :]
-        here = (which * programs + row).to(tl.int64)[:, None] * D + column[None, :]
-        total += tl.load(shares + here, mask=mask, other=0.0)
-    gradient = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(dq_weight + column, gradient.to(dq_weight.dtype.element_ty), mask=column < D)
-    else:
-        tl.store(dk_weight + column, gradient.to(dk_weight.dtype.element_ty), mask=column < D)
 
 
 @triton.jit

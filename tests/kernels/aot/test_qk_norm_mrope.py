@@ -26,6 +26,6 @@ def test_qk_norm_mrope(hq: int, hk: int, dim: int, dtype: torch.dtype, recording
         Backend.backward(
             meta(TOKENS, hq, dim, dtype=dtype), meta(TOKENS, hk, dim, dtype=dtype), q, k, *rest, axes, 1e-6
         )
-    assert [kernel.kernel for kernel in kernels] == ["_forward", "_backward", "_sum_shares"]
+    assert [kernel.kernel for kernel in kernels] == ["_forward", "_backward", "_sum_partials", "_sum_partials"]
     for kernel in kernels:
         kernel.assert_sound()

@@ -10,6 +10,7 @@ from r4b_kernels import BackendError, qk_norm_mrope
 from r4b_kernels.qk_norm_mrope import pair_axes, reference
 from r4b_kernels.qk_norm_mrope import triton as backend
 from tests.kernels.head_cases import assert_close, assert_no_worse, results_and_gradients
+from tests.kernels.test_qk_norm_mrope import run, tensors, transformers_qwen3
 
 KINDS = {
     "plain": {},
@@ -83,6 +84,15 @@ def test_float32_is_accurate(kind: str) -> None:
     assert_close(ours(inputs, seeds, position_ids, theta=5e6, **KINDS[kind]), narrow, 2e-6)
     wide = truth([x.double() for x in inputs], seeds, position_ids % 4, **KINDS[kind])
     assert_close(ours(inputs, seeds, position_ids % 4, **KINDS[kind]), wide, 2e-6)
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["qwen3_vl", "qwen2_vl"])
+def test_is_transformers(interleaved: bool) -> None:
+    """The norm, embedding and rotation of transformers itself, far from the start of a sequence."""
+    inputs, position_ids = tensors(65, torch.float32), positions(65, 100_000)
+    expected = transformers_qwen3(inputs, position_ids, [6, 5, 5], interleaved)
+    mine = run(inputs, position_ids, "triton", sections=[6, 5, 5], interleaved=interleaved)
+    assert_close(mine, {name: value.detach() for name, value in expected.items()}, 2e-6)
 
 
 @pytest.mark.parametrize("limit", [4, 3000, 100_000, 1_000_000])

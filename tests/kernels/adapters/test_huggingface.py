@@ -168,3 +168,34 @@ def test_vision_tower_of_qwen3_vl(one_call: bool) -> None:
     for (name, mine), theirs in zip(other.named_parameters(), tower.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_qwen3_vl_with_images_in_a_shared_prompt() -> None:
+    """The whole model, packed: images once, responses counting on from their prompt's largest position."""
+    model, grid = qwen3_vl(), torch.tensor([[1, 4, 6], [1, 4, 4]])
+    patches = torch.randn(24 + 16, 3 * 2 * 4 * 4, dtype=torch.float64)
+    prompt = torch.tensor([3, *[90] * 6, 4, *[90] * 4, 5])
+    responses = [torch.tensor([7, 8, 9]), torch.tensor([10]), torch.tensor([11, 12])]
+    images = {"pixel_values": patches, "image_grid_thw": grid}
+    ids = torch.cat([prompt, *responses])
+    weights, seen = torch.randn(len(ids), 97, dtype=torch.float64), torch.zeros(len(ids), dtype=torch.bool)
+
+    alone = copy.deepcopy(model)
+    positions, expected = torch.zeros(3, len(ids), dtype=torch.int64), torch.zeros_like(weights)
+    layout = PrefixLayout.from_lengths([len(prompt), *map(len, responses)], [-1, 0, 0, 0])
+    for rows in sequences(layout):
+        kinds = (ids[rows] == 90).int()[None]
+        out = alone(input_ids=ids[None, rows], mm_token_type_ids=kinds, **images).logits[0]
+        (out * weights[rows] * ~seen[rows][:, None]).sum().backward()
+        positions[:, rows] = alone.model.get_rope_index(ids[None, rows], kinds, image_grid_thw=grid)[0][:, 0]
+        expected[rows], seen[rows] = out.detach(), True
+
+    model.set_attn_implementation("r4b_prefix")
+    huggingface.use_vision_attention(model.model.visual)
+    out = model(input_ids=ids[None], position_ids=positions[:, None], prefix_layout=layout, **images).logits[0]
+    (out * weights).sum().backward()
+    torch.testing.assert_close(out.detach(), expected, rtol=0, atol=1e-6)  # norms round to float32
+    got, wanted = gradients(model), gradients(alone)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=2e-6 * float(gradient.abs().max() + 1), msg=name)

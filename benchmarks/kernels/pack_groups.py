@@ -34,7 +34,10 @@ def test_shared_groups(groups: int, capacity: int, ranks: int, benchmark: Any, c
     )
     contest(
         lambda: pack_groups(prefixes, responses, capacity, ranks=ranks),
-        {"first fit": lambda: pack_groups(prefixes, responses, capacity, ranks=ranks, backend="reference")},
+        {
+            "first fit": lambda: pack_groups(prefixes, responses, capacity, ranks=ranks, backend="reference"),
+            "in Python": lambda: pack_groups(prefixes, responses, capacity, ranks=ranks, backend="cpu"),
+        },
         bytes_moved=8 * 17 * groups,
         flops=0,
     )
@@ -50,7 +53,11 @@ def test_1024_sequences(share_prefix: bool, benchmark: Any, contest: Callable[..
     benchmark.extra_info.update(fill=plan.fill, imbalance=plan.imbalance, bins=len(plan.bins))
     contest(
         lambda: pack_groups(prefixes, responses, 16384, ranks=8, share_prefix=share_prefix),
-        {},
+        {
+            "in Python": lambda: pack_groups(
+                prefixes, responses, 16384, ranks=8, share_prefix=share_prefix, backend="cpu"
+            )
+        },
         bytes_moved=8 * 1024,
         flops=0,
     )

@@ -16,8 +16,9 @@ namespace {
 
 using Integers = std::vector<int64_t>;
 
-constexpr int kEveningSteps = 5;
-constexpr double kEven = 1.005;
+constexpr int kSmallerCapacities = 5;
+constexpr int kShifts = 32;
+constexpr double kEven = 1.002;
 constexpr double kGain = 1e-9;
 
 // Views of the caller's memory.
@@ -250,23 +251,37 @@ void merge(Bin& bin) {
   bin = std::move(merged);
 }
 
-double cost_of(const Problem& problem, const Bin& bin) {
-  double total = 0.0;
-  for (const Piece& piece : bin) {
-    const int64_t prefix = problem.prefixes[piece.group];
-    const int64_t* lengths = problem.lengths + problem.offsets[piece.group];
-    const int64_t copies = problem.share_prefix ? 1 : static_cast<int64_t>(piece.members.size());
-    int64_t tokens = copies * prefix, pairs = copies * (prefix * (prefix + 1) / 2);
-    for (const int64_t member : piece.members) {
-      const int64_t length = lengths[member];
-      tokens += length;
-      pairs += length * (length + 1) / 2 + length * prefix;
-    }
-    const double linear = problem.token_cost * static_cast<double>(tokens);
-    const double quadratic = problem.pair_cost * static_cast<double>(pairs);
-    total += linear + quadratic + static_cast<double>(copies) * problem.vision[piece.group];
+int64_t tokens_of(const Problem& problem, const Piece& piece) {
+  const int64_t* lengths = problem.lengths + problem.offsets[piece.group];
+  const int64_t copies = problem.share_prefix ? 1 : static_cast<int64_t>(piece.members.size());
+  int64_t tokens = copies * problem.prefixes[piece.group];
+  for (const int64_t member : piece.members) tokens += lengths[member];
+  return tokens;
+}
+
+double cost_of(const Problem& problem, const Piece& piece) {
+  const int64_t prefix = problem.prefixes[piece.group];
+  const int64_t* lengths = problem.lengths + problem.offsets[piece.group];
+  const int64_t copies = problem.share_prefix ? 1 : static_cast<int64_t>(piece.members.size());
+  int64_t pairs = copies * (prefix * (prefix + 1) / 2);
+  for (const int64_t member : piece.members) {
+    pairs += lengths[member] * (lengths[member] + 1) / 2 + lengths[member] * prefix;
   }
-  return total;
+  const double linear = problem.token_cost * static_cast<double>(tokens_of(problem, piece));
+  const double quadratic = problem.pair_cost * static_cast<double>(pairs);
+  return linear + quadratic + static_cast<double>(copies) * problem.vision[piece.group];
+}
+
+int64_t tokens_of(const Problem& problem, const Bin& bin) {
+  int64_t tokens = 0;
+  for (const Piece& piece : bin) tokens += tokens_of(problem, piece);
+  return tokens;
+}
+
+double cost_of(const Problem& problem, const Bin& bin) {
+  double cost = 0.0;
+  for (const Piece& piece : bin) cost += cost_of(problem, piece);
+  return cost;
 }
 
 // Swap one bin of the dearest rank with one of the cheapest rank that helps; false if none does.
@@ -297,13 +312,20 @@ bool exchange(std::vector<Integers>& shares, std::vector<double>& totals, const 
   return false;
 }
 
+std::vector<double> rank_costs(const Plan& plan, int64_t ranks) {
+  std::vector<double> totals(ranks, 0.0);
+  for (size_t bin = 0; bin < plan.costs.size(); ++bin) totals[plan.rank_of_bin[bin]] += plan.costs[bin];
+  return totals;
+}
+
+double mean_of(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
 double imbalance_of(const Plan& plan, int64_t ranks) {
-  std::vector<double> of_rank(ranks, 0.0);
-  for (size_t bin = 0; bin < plan.costs.size(); ++bin) of_rank[plan.rank_of_bin[bin]] += plan.costs[bin];
-  double total = 0.0;
-  for (const double cost : of_rank) total += cost;
-  const double mean = total / static_cast<double>(ranks);
-  return mean > 0 ? *std::max_element(of_rank.begin(), of_rank.end()) / mean : 1.0;
+  const std::vector<double> totals = rank_costs(plan, ranks);
+  const double mean = mean_of(totals);
+  return mean > 0 ? *std::max_element(totals.begin(), totals.end()) / mean : 1.0;
 }
 
 // Dearest bin first to the cheapest rank that lacks bins; then exchanges that lower the dearest rank.
@@ -343,7 +365,7 @@ Plan evened(
     Plan plan) {
   const auto count = static_cast<int64_t>(plan.bins.size());
   int64_t low = std::max<int64_t>(ceil_div(packing.tokens, count), 1), high = problem.capacity;
-  for (int step = 0; step < kEveningSteps && plan.imbalance >= kEven && high > low; ++step) {
+  for (int step = 0; step < kSmallerCapacities && plan.imbalance >= kEven && high > low; ++step) {
     const int64_t capacity = (low + high) / 2;
     bool better = false;
     for (const Integers& order : orders) {
@@ -360,13 +382,120 @@ Plan evened(
   return plan;
 }
 
+// A piece of a bin that may go elsewhere.
+struct Offer {
+  int64_t bin, index, group;
+  double cost;
+  int64_t tokens;
+};
+
+std::vector<Offer> offers_of(const Problem& problem, const Plan& plan, const Integers& share) {
+  std::vector<Offer> offers;
+  for (const int64_t bin : share) {
+    for (size_t i = 0; i < plan.bins[bin].size(); ++i) {
+      const Piece& piece = plan.bins[bin][i];
+      offers.push_back(
+          {bin, static_cast<int64_t>(i), piece.group, cost_of(problem, piece), tokens_of(problem, piece)});
+    }
+  }
+  return offers;
+}
+
+bool holds(const Bin& bin, int64_t group) {
+  const auto at = std::lower_bound(
+      bin.begin(), bin.end(), group, [](const Piece& piece, int64_t value) { return piece.group < value; });
+  return at != bin.end() && at->group == group;
+}
+
+struct Swap {
+  Offer give;
+  std::optional<Offer> take;
+  int64_t target;
+};
+
+// What leaves least of the gap between the two ranks.
+std::optional<Swap> best_swap(
+    const Problem& problem, const Plan& plan, const Integers& tokens, const std::vector<Offer>& mine,
+    const std::vector<Offer>& theirs, const Integers& targets, double gap) {
+  double best = gap * (1 - kGain);
+  std::optional<Swap> swap;
+  for (const Offer& give : mine) {
+    for (const int64_t target : targets) {
+      const double left = std::abs(gap - 2 * give.cost);
+      if (left < best && tokens[target] + give.tokens <= problem.capacity && !holds(plan.bins[target], give.group)) {
+        best = left;
+        swap = Swap{give, std::nullopt, target};
+      }
+    }
+    for (const Offer& take : theirs) {
+      const double left = std::abs(gap - 2 * (give.cost - take.cost));
+      if (left >= best || holds(plan.bins[take.bin], give.group) || holds(plan.bins[give.bin], take.group)) continue;
+      const int64_t more = give.tokens - take.tokens;
+      if (tokens[take.bin] + more <= problem.capacity && tokens[give.bin] - more <= problem.capacity) {
+        best = left;
+        swap = Swap{give, take, take.bin};
+      }
+    }
+  }
+  return swap;
+}
+
+Piece taken_out(Bin& bin, int64_t index) {
+  Piece piece = std::move(bin[index]);
+  bin.erase(bin.begin() + index);
+  return piece;
+}
+
+// Pieces moved or swapped between bins of the dearest and of a cheaper rank, while that lowers the dearer of both.
+Plan shifted(const Problem& problem, Plan plan) {
+  std::vector<double> totals = rank_costs(plan, problem.ranks);
+  std::vector<Integers> shares(problem.ranks);
+  Integers tokens;
+  for (size_t bin = 0; bin < plan.bins.size(); ++bin) {
+    shares[plan.rank_of_bin[bin]].push_back(static_cast<int64_t>(bin));
+    tokens.push_back(tokens_of(problem, plan.bins[bin]));
+  }
+  for (int step = 0; step < kShifts; ++step) {
+    Integers ranks(problem.ranks);
+    std::iota(ranks.begin(), ranks.end(), 0);
+    std::stable_sort(ranks.begin(), ranks.end(), [&](int64_t a, int64_t b) { return totals[a] < totals[b]; });
+    const int64_t dearest = ranks.back();
+    ranks.pop_back();
+    if (totals[dearest] <= kEven * mean_of(totals)) break;
+    const std::vector<Offer> mine = offers_of(problem, plan, shares[dearest]);
+    std::optional<Swap> swap;
+    int64_t other = 0;
+    for (const int64_t rank : ranks) {
+      other = rank;
+      swap = best_swap(
+          problem, plan, tokens, mine, offers_of(problem, plan, shares[rank]), shares[rank],
+          totals[dearest] - totals[rank]);
+      if (swap) break;
+    }
+    if (!swap) break;
+    Bin &source = plan.bins[swap->give.bin], &target = plan.bins[swap->target];
+    Piece piece = taken_out(source, swap->give.index);
+    if (swap->take) source.push_back(taken_out(target, swap->take->index));
+    target.push_back(std::move(piece));
+    for (const auto& [bin, rank] : {std::pair{swap->give.bin, dearest}, std::pair{swap->target, other}}) {
+      merge(plan.bins[bin]);
+      const double before = plan.costs[bin];
+      plan.costs[bin] = cost_of(problem, plan.bins[bin]);
+      totals[rank] += plan.costs[bin] - before;
+      tokens[bin] = tokens_of(problem, plan.bins[bin]);
+    }
+  }
+  return plan;
+}
+
 Plan pack(const Problem& problem) {
   const std::vector<Item> items = items_of(problem);
   if (items.empty()) return {};
   const std::vector<Integers> orders = orders_of(items);
   const Packing best = fewest_bins(problem, items, orders);
   Plan plan = deal(problem, best);
-  return problem.ranks > 1 ? evened(problem, items, orders, best, std::move(plan)) : plan;
+  if (problem.ranks == 1) return plan;
+  return shifted(problem, evened(problem, items, orders, best, std::move(plan)));
 }
 
 // prefixes int64 [G], lengths int64 [N], offsets int64 [G+1], vision float64 [G] -> pieces int64 [P, 3] (bin, group,
@@ -390,18 +519,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_groups(
   auto* member_out = members.mutable_data_ptr<int64_t>();
   auto* bin_out = of_bins.mutable_data_ptr<int64_t>();
   for (int64_t bin = 0; bin < bins; ++bin) {
-    int64_t tokens = 0;
     for (const Piece& piece : plan.bins[bin]) {
-      const auto size = static_cast<int64_t>(piece.members.size());
-      tokens += (share_prefix ? 1 : size) * problem.prefixes[piece.group];
-      for (const int64_t member : piece.members) tokens += problem.lengths[problem.offsets[piece.group] + member];
       *piece_out++ = bin;
       *piece_out++ = piece.group;
-      *piece_out++ = size;
+      *piece_out++ = static_cast<int64_t>(piece.members.size());
       member_out = std::copy(piece.members.begin(), piece.members.end(), member_out);
     }
     *bin_out++ = plan.rank_of_bin[bin];
-    *bin_out++ = tokens;
+    *bin_out++ = tokens_of(problem, plan.bins[bin]);
   }
   std::copy(plan.costs.begin(), plan.costs.end(), costs.mutable_data_ptr<double>());
   return {pieces, members, of_bins, costs};

@@ -91,7 +91,7 @@ def why_not(kind: str) -> str | None:
     if _torch() is None:
         return "torch is not installed here (in an isolated build it never is)"
     if _compiler(kind) is None:
-        needed = "a C++ compiler (g++, or CXX)" if kind == "cpu" else "nvcc (CUDA_HOME, CUDA_PATH or PATH)"
+        needed = "nvcc (CUDA_HOME, CUDA_PATH or PATH)" if kind == "cuda" else os.environ.get("CXX") or "g++ or clang++"
         return f"there is no {needed}"
     return None
 
@@ -176,7 +176,8 @@ def _run(command: Sequence[str]) -> None:
 
 def _compiler(kind: str) -> str | None:
     if kind == "cpu":
-        return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+        named = os.environ.get("CXX")
+        return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name) and (found := shutil.which("nvcc", path=os.path.join(os.environ[name], "bin"))):
             return found
@@ -212,8 +213,14 @@ def setup_options() -> dict[str, Any]:
     class BuildObjects(build_py):
         def run(self) -> None:
             super().run()
+            folder = None if self.editable_mode else Path(self.build_lib) / "r4b_kernels" / OBJECTS.name
             for kind in kinds:
-                build(kind, None if self.editable_mode else Path(self.build_lib) / "r4b_kernels" / OBJECTS.name)
+                try:
+                    build(kind, folder)
+                except BuildError as error:  # a compiler too old must not keep anyone from the rest of the package
+                    if os.environ.get("R4B_BUILD_CUDA") == "1":
+                        raise
+                    print(f"r4b_kernels: {kind} not built: {error}", file=sys.stderr)
 
     class AnyPython(bdist_wheel):
         def get_tag(self) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,8 @@ def pack_groups(
          because keeping it whole would need more bins;
       4. every rank has the same number of bins, empty ones among them if need be, so that pipeline schedules and
          collectives stay in step; no plan has more bins than that asks for;
-      5. bins are shared out so that the ranks' costs are as even as a greedy assignment with exchanges gets them;
+      5. bins are shared out, and pieces of groups moved between them, so that the ranks' costs are as even as a greedy
+         assignment with exchanges gets them;
       6. the same arguments give the same plan.
 
     Args:
@@ -59,8 +61,8 @@ def pack_groups(
         backend: "native", "cpu" or "reference"; None takes the first that is there.
 
     Raises:
-        ValueError: naming the argument or the group: a negative length, lists of different sizes, a prefix with one
-            response (with ``split=False``: with all its responses) that exceeds the capacity.
+        ValueError: naming the argument or the group: a negative length, lists of different sizes, a cost that is not
+            finite, a prefix with one response (with ``split=False``: with all its responses) that exceeds the capacity.
     """
     prefixes = [int(length) for length in prefix_lengths]
     responses = [[int(length) for length in group] for group in response_lengths]
@@ -69,6 +71,11 @@ def pack_groups(
     vision = [0.0] * len(prefixes) if vision_cost is None else [float(value) for value in vision_cost]
     if len(vision) != len(prefixes):
         raise ValueError(f"vision_cost has {len(vision)} entries for {len(prefixes)} groups")
+    cost = cost or PackCost()
+    if not all(map(math.isfinite, vision)):
+        raise ValueError("vision_cost: every group's cost must be finite")
+    if not all(map(math.isfinite, cost)):
+        raise ValueError(f"cost={cost}: its weights must be finite")
     if capacity < 1:
         raise ValueError(f"capacity={capacity}: must be at least 1 token")
     if ranks < 1:
@@ -86,5 +93,5 @@ def pack_groups(
             raise ValueError(
                 f"group {group}: it has {whole} tokens and capacity={capacity}: allow split=True or raise the capacity"
             )
-    problem = Problem(prefixes, responses, int(capacity), ranks, share_prefix, vision, cost or PackCost(), split)
+    problem = Problem(prefixes, responses, int(capacity), ranks, share_prefix, vision, cost, split)
     return dispatch.resolve("pack_groups", torch.device("cpu"), backend)(problem)

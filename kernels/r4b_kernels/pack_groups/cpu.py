@@ -10,11 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 from r4b_kernels.pack_groups.plan import Bin, PackPlan, Problem, finish
 from r4b_kernels.pack_groups.reference import merge
 
-_EVENING_STEPS = 5
+_SMALLER_CAPACITIES = 5
+_SHIFTS = 32
+# Largest over mean cost of a rank from which on nothing more is done.
+_EVEN = 1.002
 # Costs are floats: an exchange must gain more than their rounding.
 _GAIN = 1e-9
 
@@ -51,7 +56,9 @@ def pack(problem: Problem) -> PackPlan:
     orders = _orders(items)
     best = _fewest_bins(problem, items, orders)
     plan = _deal(problem, _bins_of(items, best))
-    return _evened(problem, items, orders, best, plan) if problem.ranks > 1 else plan
+    if problem.ranks == 1:
+        return plan
+    return _shifted(problem, _evened(problem, items, orders, best, plan))
 
 
 def _items_of(problem: Problem) -> _Items:
@@ -212,8 +219,8 @@ def _evened(problem: Problem, items: _Items, orders: list[list[int]], packing: _
     """The same number of bins under a smaller capacity, where that evens the ranks and cuts nothing more."""
     count = len(plan.bins)
     low, high = max(-(-packing.tokens // count), 1), problem.capacity
-    for _ in range(_EVENING_STEPS):
-        if plan.imbalance < 1.005 or high <= low:
+    for _ in range(_SMALLER_CAPACITIES):
+        if plan.imbalance < _EVEN or high <= low:
             break
         capacity = (low + high) // 2
         better = None
@@ -225,3 +232,87 @@ def _evened(problem: Problem, items: _Items, orders: list[list[int]], packing: _
                     plan, better = dealt, candidate
         low, high = (low, capacity) if better is not None else (capacity + 1, high)
     return plan
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A piece of a bin that may go elsewhere: ``(group, members) = bins[bin_][index]``."""
+
+    bin_: int
+    index: int
+    group: int
+    cost: float
+    tokens: int
+
+
+def _shifted(problem: Problem, plan: PackPlan) -> PackPlan:
+    """Pieces moved or swapped between bins of the dearest and of a cheaper rank, while that lowers the dearer of both.
+
+    Pieces go as they are, to bins that hold nothing of their group: no group is cut and no prefix is paid again.
+    """
+    bins, costs, tokens = [list(bin_) for bin_ in plan.bins], list(plan.bin_costs), list(plan.bin_tokens)
+    totals = list(plan.rank_costs)
+    shares: list[list[int]] = [[] for _ in totals]
+    for b, rank in enumerate(plan.rank_of_bin):
+        shares[rank].append(b)
+    for _ in range(_SHIFTS):
+        ranks = sorted(range(len(totals)), key=lambda r: (totals[r], r))
+        dearest = ranks.pop()
+        if totals[dearest] <= _EVEN * (reduce(add, totals) / problem.ranks):
+            break
+        mine = _offers(problem, bins, shares[dearest])
+        for other in ranks:
+            theirs = _offers(problem, bins, shares[other])
+            swap = _best_swap(problem, bins, tokens, mine, theirs, shares[other], totals[dearest] - totals[other])
+            if swap is not None:
+                break
+        else:
+            break
+        give, take, target = swap
+        piece = bins[give.bin_].pop(give.index)
+        if take is not None:
+            bins[give.bin_].append(bins[target].pop(take.index))
+        bins[target].append(piece)
+        for b, rank in ((give.bin_, dearest), (target, other)):
+            bins[b].sort()
+            before, costs[b] = costs[b], problem.cost_of(bins[b])
+            totals[rank] += costs[b] - before
+            tokens[b] = sum(problem.tokens(group, members) for group, members in bins[b])
+    return finish(problem, bins, plan.rank_of_bin, costs)
+
+
+def _offers(problem: Problem, bins: list[Bin], share: list[int]) -> list[_Offer]:
+    return [
+        _Offer(b, i, piece[0], problem.cost_of([piece]), problem.tokens(*piece))
+        for b in share
+        for i, piece in enumerate(bins[b])
+    ]
+
+
+def _best_swap(
+    problem: Problem,
+    bins: list[Bin],
+    tokens: list[int],
+    mine: list[_Offer],
+    theirs: list[_Offer],
+    targets: list[int],
+    gap: float,
+) -> tuple[_Offer, _Offer | None, int] | None:
+    """(what to give, what to take for it or None, the bin to give it to): what leaves least of the gap."""
+    groups = {b: {group for group, _ in bins[b]} for b in [*targets, *(give.bin_ for give in mine)]}
+    best = gap * (1 - _GAIN)
+    swap: tuple[_Offer, _Offer | None, int] | None = None
+    for give in mine:
+        for target in targets:
+            left = abs(gap - 2 * give.cost)
+            fits = tokens[target] + give.tokens <= problem.capacity
+            if left < best and fits and give.group not in groups[target]:
+                best, swap = left, (give, None, target)
+        for take in theirs:
+            left = abs(gap - 2 * (give.cost - take.cost))
+            if left >= best or give.group in groups[take.bin_] or take.group in groups[give.bin_]:
+                continue
+            more = give.tokens - take.tokens
+            if tokens[take.bin_] + more <= problem.capacity and tokens[give.bin_] - more <= problem.capacity:
+                best, swap = left, (give, take, take.bin_)
+    return swap

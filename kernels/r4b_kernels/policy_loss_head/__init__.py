@@ -167,25 +167,39 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, *_ = inputs
     *_, grad_hidden, grad_weight = output
-    ctx.dtype = weight.dtype
-    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.scalars, ctx.spent = inputs[7:], False
+    ctx.save_for_backward(grad_hidden, grad_weight, *inputs[:7])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Scales the gradients where they lie, so that no second [V, H] is needed; another backward computes them anew."""
     nothing = (None,) * 13
     if grad_loss is None:
         return None, None, *nothing
-    grad_hidden, grad_weight = ctx.saved_tensors
+    grad_hidden, grad_weight, *inputs = ctx.saved_tensors
+    if ctx.spent:
+        *_, grad_hidden, grad_weight = _policy_loss_head(*inputs, *ctx.scalars)
+    ctx.spent = True
+    hidden, weight, *_ = inputs
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     return (
-        (grad_hidden * grad_loss).to(grad_hidden.dtype) if need_hidden else None,
-        (grad_weight * grad_loss).to(ctx.dtype) if need_weight else None,
+        _scaled(grad_hidden, grad_loss, hidden.dtype) if need_hidden else None,
+        _scaled(grad_weight, grad_loss, weight.dtype) if need_weight else None,
         *nothing,
     )
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, in place where the dtype stays (not while a compiler traces), else into a new tensor."""
+    if type(gradient) is not Tensor:
+        return (gradient * factor).to(dtype)
+    if gradient.dtype == dtype:
+        # By .data, so that autograd does not count this as a change of what it saved.
+        return gradient.data.mul_(factor)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 _policy_loss_head.register_autograd(_backward, setup_context=_setup_context)

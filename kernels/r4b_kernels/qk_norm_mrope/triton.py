@@ -240,18 +240,22 @@ def _cos_sin(angle, ACC: tl.constexpr):
     in float64, once per token and pair; what is left, at most pi/4, is a Taylor series (truncated below 2e-9).
     """
     if ACC == tl.float64:
-        return tl.cos(angle), tl.sin(angle)
-    turns = angle.to(tl.float64) * 0.6366197723675814
-    nearest = tl.floor(turns + 0.5)
-    quarter = nearest.to(tl.int32)
-    r = ((turns - nearest) * 1.5707963267948966).to(tl.float32)
-    s = r * r
-    sine = r + r * s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s / 362880)))
-    cosine = 1.0 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s / 3628800))))
-    odd = (quarter & 1) == 1
-    cos = tl.where(odd, sine, cosine)
-    sin = tl.where(odd, cosine, sine)
-    return tl.where(((quarter + 1) & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)
+        cos = tl.cos(angle)
+        sin = tl.sin(angle)
+    else:
+        turns = angle.to(tl.float64) * 0.6366197723675814
+        nearest = tl.floor(turns + 0.5)
+        quarter = nearest.to(tl.int32)
+        r = ((turns - nearest) * 1.5707963267948966).to(tl.float32)
+        s = r * r
+        sine = r + r * s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s / 362880)))
+        cosine = 1.0 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * (1 / 40320 - s / 3628800))))
+        odd = (quarter & 1) == 1
+        cos = tl.where(odd, sine, cosine)
+        sin = tl.where(odd, cosine, sine)
+        cos = tl.where(((quarter + 1) & 2) == 2, -cos, cos)
+        sin = tl.where((quarter & 2) == 2, -sin, sin)
+    return cos, sin
 
 
 @triton.jit

@@ -1,16 +1,16 @@
-"""TRL's GRPO loss on policy_loss_head: LM head, loss and gradient in one op (TRL 1.16).
+"""TRL's GRPO on policy_loss_head, LM head, loss and gradient in one op, and on shared prompts (TRL 1.16).
 
     from trl import GRPOConfig, GRPOTrainer
     from r4b_kernels.adapters.trl import PolicyHead
 
     class Trainer(PolicyHead, GRPOTrainer):
-        pass
+        share_prompts = True
 
     Trainer(model=model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=data).train()
 
 Loss, gradients and metrics are GRPOTrainer's for the loss types of ``LOSS_TYPES``; a setting that the head cannot
-compute is refused when the trainer is made. ``grpo_loss`` is the loss alone, for other loops. On the host it is tested
-with TRL's own trainer; FSDP and DeepSpeed, whose weights it gathers as TRL does, have not been run.
+compute is refused when the trainer is made. It is tested with TRL's own trainer on the host; FSDP and DeepSpeed, whose
+weights it gathers as TRL does, have not been run.
 """
 
 from __future__ import annotations
@@ -23,70 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r4b_kernels.linear_logprob import linear_logprob
-from r4b_kernels.policy_loss_head import PolicyLoss, policy_loss_head
+from r4b_kernels.adapters import huggingface
+from r4b_kernels.adapters.grpo import LOSS_TYPES, grpo_loss, row_weights
+from r4b_kernels.adapters.padded import share_prompts
+from r4b_kernels.policy_loss_head import PolicyLoss
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _VISION = (
     *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"),
     *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
-
-
-def row_weights(
-    mask: Tensor, loss_type: str, *, max_completion_length: int | None = None, num_items: Tensor | float | None = None
-) -> Tensor:
-    """Each token's share of the loss, float32 [B, C], from the tokens that count, mask [B, C].
-
-    "grpo" is the mean over sequences of their means, "bnpo" the mean over tokens, "dr_grpo" the sum divided by
-    B * max_completion_length, "dapo" the sum divided by ``num_items``: the tokens of the accumulation window.
-    """
-    mask = mask.float()
-    if loss_type == "grpo":
-        return mask / (mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[0])
-    if loss_type == "bnpo":
-        return mask / mask.sum().clamp(min=1)
-    if loss_type == "dr_grpo" and max_completion_length:
-        return mask / (mask.shape[0] * max_completion_length)
-    if loss_type == "dapo" and num_items is not None:
-        return mask / num_items
-    raise ValueError(
-        f"loss_type={loss_type!r}: expected one of {LOSS_TYPES}; dr_grpo needs max_completion_length, dapo num_items"
-    )
-
-
-def grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    advantages: Tensor,
-    row_weight: Tensor,
-    old_logprob: Tensor | None = None,
-    ref_logprob: Tensor | None = None,
-    **options: Any,
-) -> PolicyLoss:
-    """policy_loss_head over B completions of C tokens; the metrics are [B, C].
-
-    Args:
-        hidden: [B, C, H], the states that predict ``ids``.
-        weight: [V, H], the LM head.
-        ids: int64 [B, C].
-        advantages: [B] or [B, C].
-        row_weight: [B, C], from ``row_weights``; where it is 0, nothing else is read.
-        old_logprob: [B, C]; None right after sampling, where every ratio is 1 (costs one more forward product).
-        ref_logprob: [B, C], for the KL term.
-        options: clip_low, clip_high, kl_coef, temperature of policy_loss_head.
-    """
-    rows, target = hidden.reshape(-1, hidden.shape[-1]), torch.where(row_weight != 0, ids, -1).flatten()
-    if old_logprob is None:
-        temperature = options.get("temperature", 1.0)
-        old_logprob, _ = linear_logprob(rows.detach(), weight.detach(), target, temperature=temperature)
-    if advantages.dim() == 1:
-        advantages = advantages[:, None].expand_as(ids)
-    values = (x.flatten() for x in (old_logprob, advantages, row_weight))
-    ref = None if ref_logprob is None else ref_logprob.flatten()
-    loss, *metrics = policy_loss_head(rows, weight, target, *values, ref_logprob=ref, **options)
-    return PolicyLoss(loss, *(metric.view_as(ids) for metric in metrics))
 
 
 def add_policy_head(model: Any, *, float32: bool = False) -> None:
@@ -120,7 +65,14 @@ def add_policy_head(model: Any, *, float32: bool = False) -> None:
 
 
 class PolicyHead:
-    """Put it before GRPOTrainer among the bases."""
+    """Put it before GRPOTrainer among the bases.
+
+    Attributes:
+        share_prompts: compute each prompt once for its completions in the micro-batch, under "r4b_prefix", in the loss
+            and its gradient; sampling keeps the model's own attention. Text only.
+    """
+
+    share_prompts = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -168,16 +120,51 @@ class PolicyHead:
             kl_coef=me.beta,
             temperature=me.temperature,
         )
+        forward, rows = self._shared(inputs) if me.share_prompts else self._padded(inputs)
         with me.accelerator.autocast():
-            result = model(
-                input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                head_loss=lambda hidden, weight: loss(hidden[:, -ids.shape[1] - 1 : -1], weight),
-                use_cache=False,
-                **{name: inputs[name] for name in _VISION if inputs.get(name) is not None},
-            )
+            result = model(**forward, head_loss=lambda h, weight: loss(h[rows], weight), use_cache=False)
         self._log_policy(mode, result, advantages, mask)
         return result.loss
+
+    def _padded(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The model's inputs, every completion behind its own prompt, and the states that predict completions."""
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
+        )
+        images = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
+        completion = slice(-inputs["completion_ids"].shape[1] - 1, -1)
+        return {"input_ids": ids, "attention_mask": mask, **images}, (slice(None), completion)
+
+    def _shared(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The same with one copy of each prompt."""
+        if any(inputs.get(name) is not None for name in _VISION):
+            raise ValueError("share_prompts=True packs text, the batch has images: set share_prompts=False")
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        packed = share_prompts(*(inputs[name] for name in names))
+        self._attend(huggingface.PREFIX)
+        stream = {"input_ids": packed.ids[None], "position_ids": packed.position_ids[None]}
+        return {**stream, "prefix_layout": packed.layout}, (0, packed.rows)
+
+    def _attend(self, name: str | None) -> None:
+        """Switch the model's attention, None back to its own."""
+        me: Any = self
+        model = me.accelerator.unwrap_model(me.model)
+        if name is not None and model.config._attn_implementation != name:
+            huggingface.register()
+            self._own_attention = model.config._attn_implementation
+            model.set_attn_implementation(name)
+        elif name is None and getattr(self, "_own_attention", None) is not None:
+            model.set_attn_implementation(self._own_attention)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._attend(None)  # after the backward pass, whose recomputation needs the same attention
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        self._attend(None)
+        return result
 
     def _log_policy(self, mode: str, result: PolicyLoss, advantages: Tensor, mask: Tensor) -> None:
         """GRPOTrainer's metrics, from what the head returns."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from r4b_kernels.adapters import trl as adapter
+from r4b_kernels.adapters.grpo import LOSS_TYPES, row_weights
+from r4b_kernels.adapters.padded import share_prompts
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -23,6 +25,10 @@ PROMPT, COMPLETION, BATCH = 3, 7, 4
 
 class Trainer(adapter.PolicyHead, trl.GRPOTrainer):
     """What a user writes."""
+
+
+class Sharing(Trainer):
+    share_prompts = True
 
 
 def letters() -> Any:
@@ -57,9 +63,10 @@ def trainer(kind: type, folder: Path, **settings: Any) -> Any:
 def batch(old: bool = True, **more: Tensor) -> dict[str, Any]:
     torch.manual_seed(1)
     lengths = torch.tensor([7, 2, 0, 5])
+    prompts = torch.randint(3, 29, (2, PROMPT))[[0, 1, 1, 0]]  # two of two completions each
     return {
-        "prompt_ids": torch.randint(3, 29, (BATCH, PROMPT)),
-        "prompt_mask": (torch.arange(PROMPT) >= torch.tensor([0, 1, 2, 0])[:, None]).long(),
+        "prompt_ids": prompts,
+        "prompt_mask": (torch.arange(PROMPT) >= torch.tensor([0, 1, 1, 0])[:, None]).long(),
         "completion_ids": torch.randint(3, 29, (BATCH, COMPLETION)),
         "completion_mask": (torch.arange(COMPLETION) < lengths[:, None]).long(),
         "advantages": torch.tensor([1.0, -0.7, 0.3, -1.2]),
@@ -92,11 +99,12 @@ def assert_same(mine: Any, theirs: Any, inputs: dict[str, Any]) -> None:
         assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("kind", [Trainer, Sharing])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
-@pytest.mark.parametrize("loss_type", adapter.LOSS_TYPES)
-def test_loss_gradients_and_metrics_are_those_of_trl(loss_type: str, beta: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_gradients_and_metrics_are_those_of_trl(loss_type: str, beta: float, kind: type, tmp_path: Path) -> None:
     settings = dict(loss_type=loss_type, beta=beta, epsilon=0.1, epsilon_high=0.25)
-    mine, theirs = (trainer(kind, tmp_path, **settings) for kind in (Trainer, trl.GRPOTrainer))
+    mine, theirs = (trainer(one, tmp_path, **settings) for one in (kind, trl.GRPOTrainer))
     mine.model.train(), theirs.model.train()
     for inputs in (batch(), batch(old=False), batch(tool_mask=torch.arange(COMPLETION).ne(1).long().expand(BATCH, -1))):
         assert_same(mine, theirs, inputs)
@@ -105,22 +113,26 @@ def test_loss_gradients_and_metrics_are_those_of_trl(loss_type: str, beta: float
     assert_same(mine, theirs, batch(importance_sampling_ratio=torch.rand(BATCH, COMPLETION) * 2))
 
 
-def test_training_leaves_the_weights_that_trl_leaves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mine", [Trainer, Sharing])
+def test_training_leaves_the_weights_that_trl_leaves(mine: type, tmp_path: Path) -> None:
     """Sampling, rewards, two inner steps and the optimizer are TRL's; generate() works with the head in place."""
     weights, logs = [], []
-    for kind in (Trainer, trl.GRPOTrainer):
+    for kind in (mine, trl.GRPOTrainer):
         owner = trainer(kind, tmp_path, max_steps=4, num_iterations=2, beta=0.02, seed=3)
+        own = owner.model.config._attn_implementation
         owner.train()
+        assert owner.model.config._attn_implementation == own
+        assert (getattr(owner, "_own_attention", None) == own) == (kind is Sharing)
         weights.append({name: value.detach().clone() for name, value in owner.model.state_dict().items()})
         logs.append([entry for entry in owner.state.log_history if "loss" in entry])
     start = trainer(trl.GRPOTrainer, tmp_path).model.state_dict()
     assert any(not torch.allclose(start[name], value, atol=1e-4) for name, value in weights[1].items())
     for name, value in weights[1].items():
         torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
-    for mine, theirs in zip(*logs, strict=True):
-        assert mine.keys() == theirs.keys()
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours.keys() == theirs.keys()
         for name in theirs.keys() - {"step_time"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
 REFUSED = {
@@ -155,6 +167,31 @@ def test_heads_it_cannot_replace_are_refused(tmp_path: Path) -> None:
 def test_row_weights_name_what_is_missing() -> None:
     for name in ("dr_grpo", "dapo", "sapo"):
         with pytest.raises(ValueError, match=f"loss_type='{name}'"):
-            adapter.row_weights(torch.ones(2, 3), name)
-    for name in adapter.LOSS_TYPES:
-        assert not adapter.row_weights(torch.zeros(2, 3), name, max_completion_length=3, num_items=1.0).any()
+            row_weights(torch.ones(2, 3), name)
+    for name in LOSS_TYPES:
+        assert not row_weights(torch.zeros(2, 3), name, max_completion_length=3, num_items=1.0).any()
+
+
+def test_prompts_are_shared_once() -> None:
+    inputs = batch()
+    packed = share_prompts(*(inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask")))
+    assert packed.layout.lengths() == [3, 7, 5, 2, 2, 0] and packed.layout.parent.tolist() == [-1, 0, 0, -1, 3, 3]
+    assert packed.ids[:3].tolist() == inputs["prompt_ids"][0].tolist()
+    for row, start in ((0, 3), (3, 3), (1, 2)):
+        real = inputs["completion_mask"][row].bool()
+        predicting = packed.rows[row][real]
+        assert packed.position_ids[predicting].tolist() == list(range(start - 1, start - 1 + int(real.sum())))
+        assert packed.ids[predicting[1:]].tolist() == inputs["completion_ids"][row][real][:-1].tolist()
+    for name, value in (("prompt_mask", [1, 1, 0]), ("completion_mask", [0, 1, 1, 1, 1, 1, 1])):
+        wrong = {**inputs, name: inputs[name].index_copy(0, torch.tensor([1]), torch.tensor([value]))}
+        with pytest.raises(ValueError, match="padded on the left"):
+            share_prompts(*(wrong[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask")))
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        share_prompts(inputs["prompt_ids"], inputs["prompt_mask"] * 0, *list(inputs.values())[2:4])
+
+
+def test_sharing_refuses_images(tmp_path: Path) -> None:
+    owner = trainer(Sharing, tmp_path)
+    owner.current_gradient_accumulation_steps = 1
+    with pytest.raises(ValueError, match="share_prompts=False"):
+        owner._compute_loss(owner.model, batch(pixel_values=torch.zeros(1)))

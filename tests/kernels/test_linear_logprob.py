@@ -217,3 +217,24 @@ def test_agrees_with_trl() -> None:
 
     ours = results_and_gradients(lambda h, w: linear_logprob(h, w, target, temperature=0.7), (hidden, weight), seeds)
     assert_close(ours, results_and_gradients(theirs, (hidden, weight), seeds), 5e-6)
+
+
+def test_agrees_with_the_chunked_function_of_trl() -> None:
+    """Gradients through the log-probability and the entropy at once, chunks that do not divide the vocabulary."""
+    chunked = pytest.importorskip("trl.kernels", reason="TRL is an oracle, not a dependency").ChunkedLogProbFunction
+    hidden, weight, target, seeds = make(40, 16, 129, torch.float32, masked=False)
+    theirs = lambda h, w: chunked.apply(h, w, None, target, 0.7, 50, None, 1.0, ("entropy",))[:2]  # noqa: E731
+    ours = results_and_gradients(lambda h, w: linear_logprob(h, w, target, temperature=0.7), (hidden, weight), seeds)
+    assert_close(ours, results_and_gradients(theirs, (hidden, weight), seeds), 5e-6)
+
+
+def test_agrees_with_cut_cross_entropy() -> None:
+    cce = pytest.importorskip("cut_cross_entropy", reason="CCE is an oracle, not a dependency")
+    hidden, weight, target, seeds = make(40, 16, 129, torch.float32)
+
+    def theirs(h: Tensor, w: Tensor) -> Tensor:
+        return -cce.linear_cross_entropy(h, w, target, impl="torch_compile", reduction="none", ignore_index=-100)
+
+    ours = results_and_gradients(lambda h, w: linear_logprob(h, w, target)[0], (hidden, weight), seeds[:1])
+    with torch.compiler.set_stance("force_eager"):
+        assert_close(ours, results_and_gradients(theirs, (hidden, weight), seeds[:1]), 5e-6)

@@ -284,8 +284,9 @@ def test_errors_name_the_argument(change: dict, named: str) -> None:
         policy_loss_head(**(head | rows | change))
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
-def test_agrees_with_liger(reduction: str) -> None:
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_agrees_with_liger(loss_type: str) -> None:
+    """Its four clipped losses: a mean over sequences, over tokens (twice), and a constant."""
     chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger is an oracle, not a dependency")
     sequences, length, width, vocabulary = 3, 11, 16, 61
     hidden, weight, rows = make(sequences * length, width, vocabulary, torch.float32)
@@ -293,17 +294,16 @@ def test_agrees_with_liger(reduction: str) -> None:
     mask = (torch.arange(length) < torch.tensor([11, 4, 7])[:, None]).float()
     per_sequence = torch.randn(sequences)
     rows["advantage"] = per_sequence.repeat_interleave(length)
-    if reduction == "token_mean":
-        rows["row_weight"] = (mask / mask.sum()).flatten()
-    else:
-        rows["row_weight"] = (mask / mask.sum(-1, keepdim=True) / sequences).flatten()
+    share = {"grpo": mask.sum(-1, keepdim=True) * sequences, "dr_grpo": torch.tensor(sequences * 20.0)}
+    rows["row_weight"] = (mask / share.get(loss_type, mask.sum())).flatten()
     theirs_module = chunked.LigerFusedLinearGRPOLoss(
         beta=0.05,
         compiled=False,
         use_ref_model=True,
         epsilon_low=0.2,
         epsilon_high=0.28,
-        loss_type="bnpo" if reduction == "token_mean" else "grpo",
+        loss_type=loss_type,
+        max_completion_length=20,
         temperature=0.7,
     )
     shape = (sequences, length)

@@ -17,6 +17,7 @@ __all__ = ["DistillLoss", "Divergence", "linear_distill"]
 
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("linear_distill", "cpu", cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("linear_distill", "triton", "r4b_kernels.linear_distill.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("linear_distill", "reference", reference.Backend)
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -85,7 +86,7 @@ def linear_distill(
         tail: whether the ids not listed make one more bucket. A row that lists the whole vocabulary has none.
         group: the ranks over which the vocabulary is cut; everything but ``weight`` is the same on all of them, and
             hidden's gradient is the full one, already summed over the group.
-        backend: "cpu" or "reference"; None picks by device.
+        backend: "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
         ValueError: naming the argument, for wrong shapes, dtypes or ranges, a backend that cannot serve the device, and

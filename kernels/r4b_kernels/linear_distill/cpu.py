@@ -15,7 +15,7 @@ from torch import Tensor
 from r4b_kernels.head_chunks import ChunkBuffers, GradientAccumulator, RowSubset, split_rows
 from r4b_kernels.linear_distill.reference import Objective, Rows, check_rows, row_terms
 from r4b_kernels.precision import accumulation_dtype
-from r4b_kernels.vocabulary import group_of, shard_start, sum_over
+from r4b_kernels.vocabulary import RowStatistics, group_of, merge_shards, shard_start, sum_over, vocabulary_size
 
 # Stands in for -inf in the columns of listed ids: its exponential is 0, and so is 0 times it.
 _OUT = -1e30
@@ -39,7 +39,7 @@ class Shard:
         self.size = weight.shape[0]
         self.ranks = group_of(group)
         self.start = shard_start(self.size, self.ranks)
-        self.vocabulary = self.size * (1 if self.ranks is None else self.ranks.size())
+        self.vocabulary = vocabulary_size(self.size, self.ranks)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return sum_over(tensor, self.ranks)
@@ -132,16 +132,9 @@ def _reduce_rest(
     exp = buffers.exp(z.sub_(maximum[:, None]))
     total = exp.sum(1).masked_fill_(empty, 0.0)
     weighted = z.mul_(exp).sum(1).masked_fill_(empty, 0.0)
-    highest = maximum
-    if ranks is not None:
-        highest = maximum.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=ranks)
-        shift = maximum - highest
-        total, weighted = total * shift.exp(), (weighted + total * shift) * shift.exp()
-        total, weighted = sum_over(torch.stack([total, weighted]), ranks)
-    log_total = total.log()
-    share = torch.where(empty, 0.0, (maximum - highest).exp() / total)
-    return exp, share, (highest + log_total, log_total - weighted / total)
+    whole = merge_shards(RowStatistics(maximum, total, weighted, torch.zeros_like(total)), ranks)
+    share = torch.where(empty, 0.0, (maximum - whole.maximum).exp() / whole.total)
+    return exp, share, (whole.logsumexp, whole.entropy)
 
 
 def _gathered(

@@ -61,6 +61,8 @@ def row_terms(
 ) -> Terms:
     """What live rows come to, given what their logits reduce to.
 
+    Computed in float64: it is little, and so rounding enters by the logits alone, each with its slope as the factor.
+
     Args:
         listed: [T, K], the student's logits of the ids; anything in unused slots.
         rest: (logsumexp of the student's other logits, entropy of the softmax over them alone), [T] each, with a tail.
@@ -69,18 +71,18 @@ def row_terms(
     """
     log_t, used, teacher_mass = teacher_buckets(rows, vocabulary, objective.tail)
     logits = listed if rest is None else torch.cat([listed, rest[0][:, None]], dim=1)
-    log_q = torch.log_softmax(logits.masked_fill(~used, -torch.inf), dim=1)
-    value, slope = divergence_and_slope(log_q, log_t.to(log_q.dtype), used, objective)
+    log_q = torch.log_softmax(logits.double().masked_fill(~used, -torch.inf), dim=1)
+    value, slope = divergence_and_slope(log_q, log_t, used, objective)
     q = log_q.exp()
     entropy = -_weighted(q, log_q).sum(1)
     if rest is not None:
         entropy = entropy + _weighted(q[:, -1], rest[1])  # the chain rule of entropy
     student_mass = q[:, : rows.ids.shape[1]].sum(1)
-    return Terms(value, teacher_mass.to(log_q.dtype), student_mass, entropy, slope)
+    return Terms(*(x.to(listed.dtype) for x in (value, teacher_mass, student_mass, entropy, slope)))
 
 
 def teacher_buckets(rows: Rows, vocabulary: int, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(log t [T, B], which buckets are in use [T, B], mass on the ids [T]); float64, for the sake of 1 - mass."""
+    """(log t [T, B], which buckets are in use [T, B], mass on the ids [T]); float64."""
     used = rows.ids >= 0
     log_t = rows.logprobs.double().masked_fill(~used, -torch.inf)
     mass = log_t.exp().sum(1)
@@ -101,16 +103,17 @@ def divergence_and_slope(log_q: Tensor, log_t: Tensor, used: Tensor, objective: 
         log_ratio = log_q - log_t
         value = _weighted(q, log_ratio).sum(1)
         return value, _weighted(q, log_ratio - value[:, None])
-    share, log_share, log_other = 1 - objective.beta, math.log1p(-objective.beta), math.log(objective.beta)
-    log_m = torch.logaddexp(log_q + log_share, log_t + log_other)
-    from_student = _weighted(q, log_q - log_m).sum(1)
-    value = objective.beta * _weighted(t, log_t - log_m).sum(1) + share * from_student
-    return value, share * _weighted(q, log_q - log_m - from_student[:, None])
+    beta, share = objective.beta, 1 - objective.beta
+    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_t + math.log(beta))
+    log_ratio = log_q - log_m
+    from_student = _weighted(q, log_ratio).sum(1)
+    value = beta * _weighted(t, log_t - log_m).sum(1) + share * from_student
+    return value, share * _weighted(q, log_ratio - from_student[:, None])
 
 
 def _weighted(p: Tensor, x: Tensor) -> Tensor:
     """p x, and 0 where p is 0, whatever x is."""
-    return torch.where(p == 0, 0.0, p * x)
+    return p * torch.where(p == 0, 0.0, x)
 
 
 def check_rows(rows: Rows, vocabulary: int, objective: Objective) -> None:

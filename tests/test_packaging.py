@@ -12,15 +12,22 @@ from pathlib import Path
 
 import pytest
 
+from r4b_kernels import build
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {".css", ".html", ".j2", ".js", ".md", ".yaml", ".typed"}
 
 
-def build_wheel(project: Path, target: Path) -> set[str]:
-    """The files in a project's wheel. The project must be a copy: building leaves things behind."""
+def build_wheel(project: Path, target: Path, **environment: str) -> Path:
+    """A project's wheel, without CUDA. The project must be a copy: building leaves things behind."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(target), str(project)], check=True)
+    environment = {**os.environ, "R4B_BUILD_CUDA": "0", **environment}
+    subprocess.run([*command, "--wheel-dir", str(target), str(project)], check=True, env=environment)
     (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def files_of(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
@@ -32,10 +39,10 @@ def sources(package: Path) -> set[str]:
     }
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository without what is not built from."""
-    target = tmp_path / "copy"
+    target = tmp_path_factory.mktemp("copy")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in ("kernels", "r4b_core", "recipes"):
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
@@ -45,8 +52,20 @@ def copy(tmp_path: Path) -> Path:
     return target
 
 
-def test_wheel_holds_both_packages_their_data_and_the_recipes(copy: Path, tmp_path: Path) -> None:
-    files = build_wheel(copy, tmp_path / "wheels")
+@pytest.fixture(scope="module")
+def whole(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of everything."""
+    return build_wheel(copy, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def kernels(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the kernels alone."""
+    return build_wheel(copy / "kernels", tmp_path_factory.mktemp("kernels"))
+
+
+def test_wheel_holds_both_packages_their_data_and_the_recipes(copy: Path, whole: Path) -> None:
+    files = files_of(whole)
     expected = sources(copy / "r4b_core") | sources(copy / "kernels" / "r4b_kernels")
     assert expected - files == set()
     assert {f"r4b_core/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} <= files
@@ -55,11 +74,9 @@ def test_wheel_holds_both_packages_their_data_and_the_recipes(copy: Path, tmp_pa
     assert [name for name in foreign if not name.endswith(".dist-info")] == []
 
 
-def test_an_unpacked_wheel_finds_its_recipes(copy: Path, tmp_path: Path) -> None:
+def test_an_unpacked_wheel_finds_its_recipes(whole: Path, tmp_path: Path) -> None:
     """`r4b demo` must not need the checkout."""
-    build_wheel(copy, tmp_path / "wheels")
-    (wheel,) = (tmp_path / "wheels").glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    zipfile.ZipFile(whole).extractall(tmp_path / "site")
     program = (
         "import r4b_core.config.load as load; p = load.load_recipe('demo').source; print(p);"
         f"assert str(p).startswith({str(tmp_path / 'site')!r})"
@@ -68,10 +85,31 @@ def test_an_unpacked_wheel_finds_its_recipes(copy: Path, tmp_path: Path) -> None
     subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=tmp_path, env=environment)
 
 
-def test_kernels_wheel_holds_the_kernels_alone(copy: Path, tmp_path: Path) -> None:
-    files = build_wheel(copy / "kernels", tmp_path / "wheels")
+def test_kernels_wheel_holds_the_kernels_alone(copy: Path, kernels: Path) -> None:
+    files = files_of(kernels)
     assert sources(copy / "kernels" / "r4b_kernels") - files == set()
     assert {name.split("/")[0].split("-")[0] for name in files} == {"r4b_kernels"}
+
+
+@pytest.mark.parametrize("wheel", ["whole", "kernels"])
+def test_wheels_hold_the_sources_of_csrc_and_what_was_compiled(wheel: str, request: pytest.FixtureRequest) -> None:
+    """The object only where there is a compiler; the wheel is then for this kind of machine alone, yet any Python."""
+    path = request.getfixturevalue(wheel)
+    files = files_of(path)
+    expected = {f"r4b_kernels/csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
+    assert expected - files == set() and any(name.endswith(".cpp") for name in expected)
+    built = {name for name in files if name.startswith("r4b_kernels/_objects/")}
+    assert built == (set() if build.why_not("cpu") else {f"r4b_kernels/_objects/{build.object_name('cpu')}"})
+    assert path.name.split("-")[2:4] == ["py3", "none"] and path.name.endswith("-any.whl") == (not built)
+
+
+def test_a_wheel_is_built_without_a_compiler(copy: Path, tmp_path: Path) -> None:
+    project = shutil.copytree(
+        copy / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("_objects", "build")
+    )
+    wheel = build_wheel(project, tmp_path / "wheels", CXX="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in files_of(wheel))
 
 
 def test_kernels_depend_on_torch_only_and_agree_with_the_whole() -> None:

@@ -7,6 +7,7 @@ from r4b_kernels.group_advantage import Advantage, group_advantage
 from r4b_kernels.layout import PrefixLayout
 from r4b_kernels.linear_distill import DistillLoss, linear_distill
 from r4b_kernels.linear_logprob import linear_logprob
+from r4b_kernels.merge_norm import merge_norm
 from r4b_kernels.pack_groups import Bin, PackCost, PackPlan, pack_groups
 from r4b_kernels.policy_loss_head import PolicyLoss, policy_loss_head
 from r4b_kernels.prefix_attention import prefix_attention
@@ -28,6 +29,7 @@ __all__ = [
     "group_advantage",
     "linear_distill",
     "linear_logprob",
+    "merge_norm",
     "pack_groups",
     "policy_loss_head",
     "prefix_attention",

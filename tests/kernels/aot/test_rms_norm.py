@@ -24,8 +24,11 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype, recording) -> None
         kernel.assert_sound()
         # The elements a tile has of each tensor at least, all in loads of 16 bytes a thread.
         assert kernel.wide_loads * 16 * 32 * kernel.warps >= tensors * max(4096, shape[1]) * dtype.itemsize
-    # The next tiles of both tensors are fetched while one is worked on.
-    assert kernels[1].async_copies > 0
+    # The next tiles are fetched while one is worked on, by two programs on every multiprocessor (one of the widest).
+    backward = kernels[1]
+    assert backward.async_copies > 0 and backward.registers * 32 * backward.warps <= 65536 // (
+        1 + (backward.warps <= 8)
+    )
 
 
 def test_bfloat16_with_a_float32_weight(recording) -> None:

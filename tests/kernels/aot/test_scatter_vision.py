@@ -1,4 +1,4 @@
-"""The Triton scatter_vision compiles for sm_90a without spilling, with 16 bytes a load and enough of them on the way."""
+"""The Triton scatter_vision compiles for sm_90a without spilling, 16 bytes a load and enough of them on the way."""
 
 from __future__ import annotations
 

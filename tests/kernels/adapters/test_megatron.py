@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from r4b_core.config.recipe import ParallelConfig
 from r4b_core.parallel.runtime import start
 from r4b_kernels import PrefixLayout, policy_loss_head
 from r4b_kernels.adapters import megatron as adapter
+from tests.kernels.adapters.megatron_ranks import results
+from tests.parallel.launch import run_ranks
 
 pytest.importorskip("megatron.core")
 
@@ -193,3 +196,15 @@ def test_wrong_calls_are_refused() -> None:
         model = gpt(True)
         model.config.mtp_num_layers = 1
         adapter.use_linear_logprob(model)
+
+
+def test_two_tensor_parallel_ranks_equal_one(tmp_path: Path) -> None:
+    """Heads and vocabulary cut over two ranks, without and with sequence parallelism: losses and whole gradients."""
+    run_ranks(Path(__file__).with_name("megatron_ranks.py"), 2, str(tmp_path / "out"), pytest=False)
+    expected = results(1, False)
+    for sequence_parallel, found in torch.load(tmp_path / "out", weights_only=True).items():
+        assert found.keys() == expected.keys()
+        for name, one in expected.items():
+            assert bool(one.any()), name
+            label = f"{name}, sequence_parallel={sequence_parallel}"
+            torch.testing.assert_close(found[name], one, rtol=1e-4, atol=2e-6, msg=label)

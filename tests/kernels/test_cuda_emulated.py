@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     COMPILER is None or build.platform.system() != "Linux", reason="no C++ compiler on Linux: nothing to emulate with"
 )
 
-AT_ONCE, OLDEST_FIRST, NEWEST_FIRST = range(3)  # when the asynchronous engines do their work
+AT_ONCE, OLDEST_FIRST, NEWEST_FIRST, IN_RANDOM_ORDER = range(4)  # when the asynchronous engines do their work
 
 Run = Callable[..., None]
 
@@ -88,7 +88,7 @@ def attend(
         *,
         scale: float | None = None,
         blocks: int = 2,
-        patience: int = OLDEST_FIRST,
+        patience: int = IN_RANDOM_ORDER,
         descending: bool = False,
     ) -> tuple[Tensor, Tensor]:
         tokens, heads, dim = q.shape
@@ -174,11 +174,11 @@ def test_malformed_layouts(
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("patience", [AT_ONCE, OLDEST_FIRST, NEWEST_FIRST])
+@pytest.mark.parametrize("patience", [AT_ONCE, OLDEST_FIRST, NEWEST_FIRST, IN_RANDOM_ORDER])
 def test_attention(dim: int, patience: int, descending: bool, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """No farther from the truth than twice torch's own bfloat16 result, whatever the order of events."""
     torch.manual_seed(0)
-    layout = PrefixLayout.from_lengths([150, 70, 0, 10, 1, 290, 33, 90], [-1, 0, 0, 0, 0, -1, 5, 5])
+    layout = PrefixLayout.from_lengths([150, 70, 0, 10, 1, 690, 33, 90], [-1, 0, 0, 0, 0, -1, 5, 5])
     live, tokens = int(layout.offsets[-1]), int(layout.offsets[-1]) + 20
     q, k, v = (torch.randn(tokens, heads, dim).bfloat16() for heads in (2, 1, 1))
     for x in (q, k, v):
@@ -232,7 +232,7 @@ def test_large_scores(attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
     truth, true_lse = attention.prefix_attention(
         64 * q.double(), k.double(), v.double(), layout.offsets, layout.parent, 3.0
     )
-    assert ((lse - true_lse) / true_lse).abs().max() < 1e-6
+    assert (lse - true_lse).abs().max() < 1e-6 * true_lse.abs().max()
     assert (out - truth).abs().max() < 0.02
 
 

@@ -1,8 +1,9 @@
 // Runs CUDA device code on a CPU: a fiber per thread, one block at a time, so that the very kernels are tested without a
 // GPU. Force-included before a source of csrc/cuda; cuda/hopper.cuh beside this file replaces the one it includes.
 //
-// What a GPU may do in any order is done as late as possible by default, or at once: `patience`. Fibers run in rising or
-// falling order: `descending`. Results must not depend on either. A block in which nothing can go on is a deadlock.
+// What an asynchronous engine does, it does at once, or as late as can be and then in an order to choose: `patience`.
+// Fibers run in rising or falling order: `descending`. Results must not depend on either. A block in which nothing can go
+// on is a deadlock.
 
 #pragma once
 
@@ -39,7 +40,7 @@ struct uint4 {
 
 namespace emulator {
 
-enum class Patience { kNone, kOldestFirst, kNewestFirst };
+enum class Patience { kNone, kOldestFirst, kNewestFirst, kRandom };
 inline Patience patience = Patience::kOldestFirst;
 inline bool descending = false;
 inline std::string failure;
@@ -87,9 +88,13 @@ inline void asynchronously(std::function<void()> work) {
 }
 
 inline void do_late_work() {
-  auto work = patience == Patience::kNewestFirst ? late.back() : late.front();
-  if (patience == Patience::kNewestFirst) late.pop_back();
-  else late.pop_front();
+  static uint32_t random = 1;
+  random = random * 1664525u + 1013904223u;
+  const size_t place = patience == Patience::kNewestFirst ? late.size() - 1
+                       : patience == Patience::kRandom    ? (random >> 8) % late.size()
+                                                          : 0;
+  const auto work = std::move(late[place]);
+  late.erase(late.begin() + static_cast<std::ptrdiff_t>(place));
   work();
 }
 

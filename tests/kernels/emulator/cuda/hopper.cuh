@@ -1,8 +1,8 @@
 // csrc/cuda/hopper.cuh on a CPU: shared memory is an array of bytes, and mbarriers, TMA and wgmma do what the PTX ISA
 // says, from its tables and not from csrc/cuda/fragments.h.
 //
-// A product in flight has NaN in its accumulators, and reads its operands, shared memory and registers, when someone
-// waits for it (or at once, without patience): whoever uses a result too early, or an operand's place again, is seen.
+// A product in flight has NaN in its accumulators, and reads its operands, shared memory and registers, as late as its
+// engine does it: whoever uses a result too early, or an operand's place again, is seen.
 
 #pragma once
 
@@ -172,7 +172,11 @@ inline void issue(float* d, int columns, const uint32_t* a_registers, uint64_t a
     std::fill(d, d + columns / 2, std::nanf(""));
   }
   ++shadow->second.pending;
-  if (++product.issued == 128 && emulator::patience == emulator::Patience::kNone) execute(group, product);
+  if (++product.issued < 128) return;
+  // A warpgroup's products are done in order.
+  emulator::asynchronously([&group, index] {
+    for (unsigned i = 0; i <= index; ++i) execute(group, group.products[i]);
+  });
 }
 
 inline void wait_for_products(unsigned allowed) {
@@ -181,8 +185,7 @@ inline void wait_for_products(unsigned allowed) {
   const auto& commits = group.committed[member];
   if (commits.size() > allowed) {
     const unsigned stop = commits[commits.size() - 1 - allowed];
-    emulator::wait_until([&group, stop] { return group.products[stop - 1].issued == 128; });
-    for (unsigned index = 0; index < stop; ++index) execute(group, group.products[index]);
+    emulator::wait_until([&group, stop] { return group.products[stop - 1].executed; });
   }
   for (auto shadow = group.shadows[member].begin(); shadow != group.shadows[member].end();) {
     if (shadow->second.pending > 0) {

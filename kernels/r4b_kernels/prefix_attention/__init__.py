@@ -15,6 +15,9 @@ from r4b_kernels.prefix_attention import reference as _reference
 
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("prefix_attention", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register(
+    "prefix_attention", "triton", "r4b_kernels.prefix_attention.triton:Backend", dispatch.where_triton_runs
+)
 dispatch.register("prefix_attention", "reference", _reference.Backend)
 
 

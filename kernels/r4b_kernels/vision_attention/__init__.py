@@ -13,6 +13,9 @@ from r4b_kernels.vision_attention import cpu as _cpu
 from r4b_kernels.vision_attention import reference as _reference
 
 dispatch.register("vision_attention", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register(
+    "vision_attention", "triton", "r4b_kernels.vision_attention.triton:Backend", dispatch.where_triton_runs
+)
 dispatch.register("vision_attention", "reference", _reference.Backend)
 
 

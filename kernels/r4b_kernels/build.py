@@ -45,6 +45,9 @@ CUDA_FLAGS = (
 )
 
 
+_UNWANTED = "this torch has no CUDA, or R4B_BUILD_CUDA=0; R4B_BUILD_CUDA=1 builds it all the same"
+
+
 class BuildError(RuntimeError):
     """A source does not compile, or an object was asked for that cannot be built here."""
 
@@ -245,8 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in KINDS:
             if kind not in kinds:
                 if not options.quiet:
-                    reason = why_not(kind) or f"R4B_BUILD_CUDA={os.environ.get('R4B_BUILD_CUDA') or 'auto'}"
-                    print(f"r4b_kernels: {kind} not built: {reason}")
+                    print(f"r4b_kernels: {kind} not built: {why_not(kind) or _UNWANTED}")
                 continue
             there = find(kind) is not None
             if not there:

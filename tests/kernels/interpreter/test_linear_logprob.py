@@ -82,21 +82,23 @@ def test_peaked_rows_in_bfloat16_keep_three_digits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_offset_moves_where_a_later_block_is_far_higher(dtype: torch.dtype, small_blocks) -> None:
-    """Rows that rise by hundreds from block to block, that fall, that have one peak; powers lie over the logits."""
+    """Rows that rise by hundreds or by just enough from block to block, that fall, that peak; in place."""
     columns = 16 * 5 + 3
     rise = torch.arange(columns).double() // 16 * 170.0
     peak = torch.zeros(columns).double()
     peak[40] = 90.0
-    z = torch.stack([rise, rise.flip(0), peak, -peak]) + torch.randn(4, columns).double()
-    target = torch.tensor([columns - 1, columns - 1, 3, 2**40])
+    z = torch.stack([rise, rise.flip(0), peak, 0.1 * rise, -peak]) + 0.1 * torch.randn(5, columns).double()
+    target = torch.tensor([columns - 1, columns - 1, 3, 3, 2**40])
     wide = z.to(torch.float64 if dtype == torch.float64 else torch.float32)
     statistics, offset = backend.reduce_rows(buffer := wide.clone(), target, 0, columns, narrow_view(buffer, dtype))
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
     exact = wide.double()
     assert relative(statistics.logsumexp, exact.logsumexp(-1)) < tolerance
     assert torch.equal(statistics.maximum, wide.amax(-1))
-    assert relative(statistics.logprob[:3], exact.log_softmax(-1)[range(3), target[:3]]) < tolerance
-    assert bool(statistics.logprob[3].isnan())
+    log_p = exact.log_softmax(-1)
+    assert relative(statistics.logprob[:4], log_p[range(4), target[:4]]) < tolerance
+    assert bool(statistics.logprob[4].isnan())
+    torch.testing.assert_close(statistics.entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=tolerance, atol=1e-12)
     plain, _ = backend.reduce_rows(wide, target, 0, columns)
     for name, value, alone in zip(statistics._fields, statistics, plain, strict=True):
         assert torch.equal(value.nan_to_num(), alone.nan_to_num()), name

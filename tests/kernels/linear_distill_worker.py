@@ -5,6 +5,7 @@ Usage: python linear_distill_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE CASES RES
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -30,7 +31,11 @@ def launch(ranks: int, cases: list[dict], folder: Path) -> list[list[dict[str, A
     """The results of every rank, for every case a dictionary by backend."""
     torch.save(cases, folder / "cases.pt")
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root / 'kernels'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{root / 'kernels'}{os.pathsep}{root}",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
     arguments = [folder / "rendezvous", folder / "cases.pt", folder / "out"]
     processes = [
         subprocess.Popen(
@@ -55,7 +60,7 @@ def main() -> None:
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     rendezvous, cases_path, results_path = sys.argv[3:]
     torch.set_num_threads(1)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if importlib.util.find_spec("triton"):
         from interpreter import shim  # beside this script
 
         shim.install()

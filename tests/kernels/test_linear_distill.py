@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -446,10 +447,10 @@ def test_agrees_with_liger(beta: float) -> None:
 
 PARALLEL = [
     {"shape": (1, 3, 4, 2), "options": {}},
-    {"shape": (37, 11, 54, 7), "options": {"divergence": "reverse_kl", "temperature": 0.7}},
-    {"shape": (129, 16, 256, 30), "options": {"divergence": "jsd", "beta": 0.2}},
+    {"shape": (13, 11, 54, 7), "options": {"divergence": "reverse_kl", "temperature": 0.7}},
+    {"shape": (20, 16, 256, 30), "options": {"divergence": "jsd", "beta": 0.2}},
     {"shape": (9, 5, 6, 6), "options": {}},
-    {"shape": (37, 5, 160, 4), "options": {"divergence": "jsd", "tail": False}},
+    {"shape": (11, 5, 160, 4), "options": {"divergence": "jsd", "tail": False}},
     {"shape": (9, 5, 12, 4), "options": {"divergence": "reverse_kl", "tail": False}},
     {"shape": (9, 5, 12, 6), "options": {"divergence": "jsd"}, "first_shard": True},
 ]
@@ -457,8 +458,9 @@ PARALLEL = [
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], list[list[dict]]]:
-    """Every case goes through one launch of the ranks."""
+    """Every case goes through one launch of the ranks, where the Triton kernels are interpreted."""
     torch.manual_seed(0)
+    backends = BACKENDS + (["triton"] if importlib.util.find_spec("triton") else [])
     cases = []
     for case in PARALLEL:
         hidden, weight, rows = make(*case["shape"])
@@ -467,15 +469,17 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], 
             rows["teacher_ids"] = torch.where(rows["teacher_ids"] < 0, rows["teacher_ids"], listed)
             rows["teacher_ids"][0] = listed[0]
         cases.append(
-            {"hidden": hidden, "weight": weight, "rows": rows, "options": case["options"], "backends": BACKENDS}
+            {"hidden": hidden, "weight": weight, "rows": rows, "options": case["options"], "backends": backends}
         )
     return cases, launch(2, cases, Path(tmp_path_factory.mktemp("linear_distill")))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("index", range(len(PARALLEL)))
 def test_two_ranks_equal_one(index: int, backend: str, on_two_ranks) -> None:
     cases, results = on_two_ranks
+    if backend not in cases[index]["backends"]:
+        pytest.skip("triton is not installed")
     whole = run(cases[index], cases[index]["weight"], None, "reference")
     first, second = (rank[index][backend] for rank in results)
     for name, expected in whole.items():

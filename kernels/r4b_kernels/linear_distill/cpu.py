@@ -101,12 +101,12 @@ def _dense(
         chunk_hidden, chunk_rows = hidden[index], rows.at(index)
         z = buffers.logits(chunk_hidden, weight, objective.temperature)
         column, inside = shard.columns(chunk_rows.ids)
-        place = (torch.arange(z.shape[0])[:, None] * shard.size + column)[inside]
-        listed = z.new_zeros(inside.shape)
-        listed[inside] = z.view(-1)[place]
-        listed = shard.sum(listed)
+        slots = inside.flatten().nonzero().squeeze(1)
+        place = (torch.arange(z.shape[0])[:, None] * shard.size + column).flatten()[slots]
+        listed = z.new_zeros(inside.numel()).index_copy_(0, slots, z.view(-1)[place])
+        listed = shard.sum(listed.view(inside.shape))
         if objective.tail:
-            z.view(-1)[place] = _OUT
+            z.view(-1).index_fill_(0, place, _OUT)
             exp, share, rest = _reduce_rest(z, inside.sum(1) == shard.size, buffers, shard.ranks)
             slope = reduce(index, chunk_rows, listed, rest)
             grad_z = exp.mul_((share * slope[:, -1])[:, None])
@@ -114,7 +114,7 @@ def _dense(
             slope = reduce(index, chunk_rows, listed)
             grad_z = z.zero_()
         if need_hidden or need_weight:
-            grad_z.view(-1)[place] = slope[:, : inside.shape[1]][inside]
+            grad_z.view(-1).index_copy_(0, place, slope[:, : inside.shape[1]].flatten()[slots])
             accumulator.add(index, grad_z, chunk_hidden)
     return accumulator.exact_result(shard.ranks)
 

@@ -86,11 +86,12 @@ def teacher_buckets(rows: Rows, vocabulary: int, tail: bool) -> tuple[Tensor, Te
     used = rows.ids >= 0
     log_t = rows.logprobs.double().masked_fill(~used, -torch.inf)
     mass = log_t.exp().sum(1)
-    if tail:
-        others = used.sum(1, keepdim=True) < vocabulary
-        log_tail = (1 - mass).clamp_min(TAIL_FLOOR).log()[:, None].masked_fill(~others, -torch.inf)
-        log_t, used = torch.cat([log_t, log_tail], dim=1), torch.cat([used, others], dim=1)
-    return torch.log_softmax(log_t, dim=1), used, mass
+    if not tail:
+        return torch.log_softmax(log_t, dim=1), used, mass
+    others = used.sum(1, keepdim=True) < vocabulary
+    left = (1 - mass[:, None]).clamp_min(TAIL_FLOOR).masked_fill(~others, 0.0)
+    log_t = torch.cat([log_t, left.log()], dim=1) - (mass[:, None] + left).log()
+    return log_t, torch.cat([used, others], dim=1), mass
 
 
 def divergence_and_slope(log_q: Tensor, log_t: Tensor, used: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -135,10 +136,8 @@ def check_rows(rows: Rows, vocabulary: int, objective: Objective) -> None:
         "teacher_ids has an id twice in row {row}: merge the two or fill one slot with -1",
     )
     used = logprobs.double().masked_fill(ids < 0, -torch.inf)
-    mass = torch.logsumexp(used, dim=1).exp()
-    limit = MASS_LIMIT if objective.tail else torch.inf
     refuse(
-        ~((mass <= limit) & (mass > (-1.0 if objective.tail else 0.0))),
+        ~(used.exp().sum(1) <= MASS_LIMIT) if objective.tail else ~torch.isfinite(used.logsumexp(1)),
         "teacher_logprobs are no log-probabilities in row {row}: they must not be NaN, nor all -inf without tail, "
         "nor with tail sum to a mass above 1",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from r4b_kernels.dispatch import BackendError
 from r4b_kernels.linear_distill import triton as ours
 from tests.kernels.distill_cases import DIVERGENCES, definition, double, make, with_gradients
 from tests.kernels.head_cases import assert_close, assert_no_worse
-from tests.kernels.linear_distill_worker import launch, run
 
 # T, H, V, K
 SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (9, 5, 6, 6), (9, 35, 40, 7)]
@@ -171,30 +169,3 @@ def test_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, rows = make(2, 3, 9, 4)
     with pytest.raises(BackendError, match="K <= 3"):
         linear_distill(hidden, weight, **rows, backend="triton")
-
-
-PARALLEL = [
-    {"shape": (6, 5, 20, 7), "options": {"divergence": "reverse_kl", "temperature": 0.7}},
-    {"shape": (3, 5, 6, 6), "options": {}},
-    {"shape": (3, 5, 12, 6), "options": {"divergence": "jsd"}, "first_shard": True},
-    {"shape": (5, 5, 12, 4), "options": {"divergence": "jsd", "tail": False}},
-]
-
-
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    cases = []
-    for case in PARALLEL:
-        hidden, weight, rows = make(*case["shape"])
-        if case.get("first_shard"):
-            rows["teacher_ids"] = torch.where(rows["teacher_ids"] < 0, rows["teacher_ids"], torch.arange(6))
-            rows["teacher_ids"][0] = torch.arange(6)
-        cases.append(
-            {"hidden": hidden, "weight": weight, "rows": rows, "options": case["options"], "backends": ["triton"]}
-        )
-    results = launch(2, cases, tmp_path)
-    for index, case in enumerate(cases):
-        whole = run(case, case["weight"], None, "reference")
-        first, second = (rank[index]["triton"] for rank in results)
-        assert_close({**first, "weight": torch.cat([first["weight"], second["weight"]])}, whole, 1e-12)
-        for name in whole:
-            assert name == "weight" or torch.equal(first[name], second[name]), name

@@ -12,8 +12,9 @@ from tests.kernels.aot.record import meta
 GROUPS, RESPONSES, TOKENS = 256, 4096, 1 << 20
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize(
+    ("baseline", "dtype"), [*((baseline, torch.float32) for baseline in BASELINES), ("union", torch.bfloat16)], ids=str
+)
 def test_group_advantage(baseline: str, dtype: torch.dtype, recording) -> None:
     rewards, mode = meta(RESPONSES, dtype=dtype), meta(RESPONSES, dtype=torch.int64)
     offsets, tokens = meta(GROUPS + 1, dtype=torch.int32), meta(RESPONSES + 1, dtype=torch.int32)

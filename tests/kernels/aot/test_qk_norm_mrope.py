@@ -12,8 +12,11 @@ from tests.kernels.aot.record import meta
 TOKENS = 8192
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("hq", "hk", "dim"), [(32, 8, 128), (16, 16, 72)], ids=["8B", "D72"])
+@pytest.mark.parametrize(
+    ("hq", "hk", "dim", "dtype"),
+    [(32, 8, 128, torch.bfloat16), (32, 8, 128, torch.float32), (16, 16, 72, torch.bfloat16)],
+    ids=["8B-bfloat16", "8B-float32", "D72-bfloat16"],
+)
 def test_qk_norm_mrope(hq: int, hk: int, dim: int, dtype: torch.dtype, recording) -> None:
     """q and k are slices of one projection, with interleaved sections."""
     joint = meta(TOKENS, hq + 2 * hk, dim, dtype=dtype)
@@ -29,3 +32,13 @@ def test_qk_norm_mrope(hq: int, hk: int, dim: int, dtype: torch.dtype, recording
     assert [kernel.kernel for kernel in kernels] == ["_forward", "_backward", "_sum_partials", "_sum_partials"]
     for kernel in kernels:
         kernel.assert_sound()
+        assert kernel.wide_loads > 0 or dim == 72, kernel
+
+
+def test_float64_compiles(recording) -> None:
+    """Slowly, and with the library's table for large angles in local memory: for comparisons, not for training."""
+    x, weight = meta(64, 2, 32, dtype=torch.float64), meta(32, dtype=torch.float64)
+    with recording() as kernels:
+        Backend.forward(x, x, weight, weight, meta(3, 64, dtype=torch.int64), 1e4, [], 1e-6)
+        Backend.backward(x, x, x, x, weight, weight, meta(3, 64, dtype=torch.int64), 1e4, [], 1e-6)
+    assert len(kernels) == 4

@@ -90,9 +90,12 @@ def test_float32_is_accurate(kind: str) -> None:
 def test_is_transformers(interleaved: bool) -> None:
     """The norm, embedding and rotation of transformers itself, far from the start of a sequence."""
     inputs, position_ids = tensors(65, torch.float32), positions(65, 100_000)
-    expected = transformers_qwen3(inputs, position_ids, [6, 5, 5], interleaved)
-    mine = run(inputs, position_ids, "triton", sections=[6, 5, 5], interleaved=interleaved)
-    assert_close(mine, {name: value.detach() for name, value in expected.items()}, 2e-6)
+    results = (
+        transformers_qwen3(inputs, position_ids, [6, 5, 5], interleaved),
+        run(inputs, position_ids, "triton", sections=[6, 5, 5], interleaved=interleaved),
+    )
+    expected, mine = ({name: value.detach() for name, value in result.items()} for result in results)
+    assert_close(mine, expected, 2e-6)
 
 
 @pytest.mark.parametrize("limit", [4, 3000, 100_000, 1_000_000])

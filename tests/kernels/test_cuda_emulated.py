@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 AT_ONCE, OLDEST_FIRST, NEWEST_FIRST, IN_RANDOM_ORDER = range(4)  # when the asynchronous engines do their work
 
+RISING, FALLING, ERRATIC = range(3)  # in which order threads run
+
 Run = Callable[..., None]
 
 
@@ -65,10 +67,10 @@ def _compile(name: str, folder: Path) -> Run:
 def build_schedule(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     run = _compile("prefix_schedule", tmp_path_factory.mktemp("emulated"))
 
-    def schedule(layout: PrefixLayout, tokens: int, rows: int = 128, descending: bool = False) -> Tensor:
+    def schedule(layout: PrefixLayout, tokens: int, rows: int = 128, order: int = ERRATIC) -> Tensor:
         segments = layout.num_segments
         tiles = torch.empty(tokens // rows + segments + 2, 8, dtype=torch.int32)
-        run(layout.offsets, layout.parent, segments, tokens, rows, tiles, descending)
+        run(layout.offsets, layout.parent, segments, tokens, rows, tiles, order)
         return tiles
 
     return schedule
@@ -89,14 +91,14 @@ def attend(
         scale: float | None = None,
         blocks: int = 2,
         patience: int = IN_RANDOM_ORDER,
-        descending: bool = False,
+        order: int = ERRATIC,
     ) -> tuple[Tensor, Tensor]:
         tokens, heads, dim = q.shape
         tiles = build_schedule(layout, tokens)
         out, lse = torch.full_like(q, math.nan), torch.full((tokens, heads), math.nan)
         sizes = (tokens, heads, k.shape[1], dim, layout.num_segments, tiles.shape[0])
         factor = ctypes.c_float(dim**-0.5 if scale is None else scale)
-        run(q, k, v, layout.offsets, tiles, out, lse, *sizes, factor, blocks, patience, descending)
+        run(q, k, v, layout.offsets, tiles, out, lse, *sizes, factor, blocks, patience, order)
         return out, lse
 
     return forward
@@ -140,7 +142,8 @@ def test_schedule(seed: int, build_schedule: Callable[..., Tensor]) -> None:
     layout = random_layout(seed, most=(40, 300, 2000)[seed % 3], segments=(1, 12, 200)[seed % 3])
     tokens = int(layout.offsets[-1]) + (0, 1, 500)[seed % 3]
     tiles = build_schedule(layout, tokens, rows)
-    assert torch.equal(tiles, build_schedule(layout, tokens, rows, descending=True))
+    for order in (RISING, FALLING):
+        assert torch.equal(tiles, build_schedule(layout, tokens, rows, order))
     wanted = expected_tiles(layout, tokens, rows)
     listed = [tuple(tile) for tile in tiles.tolist()]
     assert sorted(listed[: len(wanted)]) == sorted(wanted)
@@ -173,9 +176,9 @@ def test_malformed_layouts(
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("order", [RISING, FALLING, ERRATIC])
 @pytest.mark.parametrize("patience", [AT_ONCE, OLDEST_FIRST, NEWEST_FIRST, IN_RANDOM_ORDER])
-def test_attention(dim: int, patience: int, descending: bool, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def test_attention(dim: int, patience: int, order: int, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """No farther from the truth than twice torch's own bfloat16 result, whatever the order of events."""
     torch.manual_seed(0)
     layout = PrefixLayout.from_lengths([150, 70, 0, 10, 1, 690, 33, 90], [-1, 0, 0, 0, 0, -1, 5, 5])
@@ -183,7 +186,7 @@ def test_attention(dim: int, patience: int, descending: bool, attend: Callable[.
     q, k, v = (torch.randn(tokens, heads, dim).bfloat16() for heads in (2, 1, 1))
     for x in (q, k, v):
         x[live:] = math.nan
-    out, lse = attend(q, k, v, layout, patience=patience, descending=descending)
+    out, lse = attend(q, k, v, layout, patience=patience, order=order)
     truth, true_lse = attention.prefix_attention(
         *(x[:live].double() for x in (q, k, v)), layout.offsets, layout.parent, dim**-0.5
     )
@@ -250,7 +253,7 @@ def group_advantage(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
         token_offsets: Tensor | None,
         num_tokens: int,
         shares: int = 1,
-        descending: bool = False,
+        order: int = ERRATIC,
     ) -> tuple[Tensor, ...]:
         rows, wide = rewards.numel(), group_offsets.dtype == torch.int64
         advantage, tokens = torch.full((rows,), -7.0), torch.full((num_tokens,), -7.0)
@@ -261,7 +264,7 @@ def group_advantage(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
         run(
             *(rewards, rewards.dtype == torch.float64, group_offsets, mode, token_pointer, wide, *sizes),
             *(BASELINES.index(baseline), std, ctypes.c_double(eps)),
-            *(advantage, tokens, live, live_rows, num_live, shares, descending),
+            *(advantage, tokens, live, live_rows, num_live, shares, order),
         )
         return advantage, tokens, live, live_rows, num_live
 
@@ -288,8 +291,8 @@ def test_group_advantage(baseline: str, std: bool, group_advantage: Callable[...
     rewards = rewards if std else rewards.float()
     options = (baseline, std, 1e-6, tokens, num_tokens)
     wanted = advantages.forward(rewards, bounds, mode, *options)
-    for descending, shares in ((False, 1), (True, 3)):
-        got = group_advantage(rewards, bounds, mode, *options, shares=shares, descending=descending)
+    for order, shares in ((RISING, 1), (FALLING, 3), (ERRATIC, 2)):
+        got = group_advantage(rewards, bounds, mode, *options, shares=shares, order=order)
         for ours, theirs in zip(got[:2], wanted[:2], strict=True):
             assert torch.allclose(ours, theirs, rtol=2e-7, atol=0) and torch.equal(ours == 0, theirs == 0)
         for ours, theirs in zip(got[2:], wanted[2:], strict=True):

@@ -2,8 +2,8 @@
 // GPU. Force-included before a source of csrc/cuda; cuda/hopper.cuh beside this file replaces the one it includes.
 //
 // What an asynchronous engine does, it does at once, or as late as can be and then in an order to choose: `patience`.
-// Fibers run in rising or falling order: `descending`. Results must not depend on either. A block in which nothing can go
-// on is a deadlock.
+// Fibers run in rising, falling or erratic order: `order`. Results must not depend on either. A block in which nothing can
+// go on is a deadlock.
 
 #pragma once
 
@@ -42,10 +42,17 @@ namespace emulator {
 
 enum class Patience { kNone, kOldestFirst, kNewestFirst, kRandom };
 inline Patience patience = Patience::kOldestFirst;
-inline bool descending = false;
+enum class Order { kRising, kFalling, kErratic };
+inline Order order = Order::kRising;
 inline std::string failure;
 
 constexpr size_t kStack = 64 * 1024;
+
+inline uint32_t random_number() {
+  static uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
 
 struct Fiber {
   ucontext_t context;
@@ -88,10 +95,8 @@ inline void asynchronously(std::function<void()> work) {
 }
 
 inline void do_late_work() {
-  static uint32_t random = 1;
-  random = random * 1664525u + 1013904223u;
   const size_t place = patience == Patience::kNewestFirst ? late.size() - 1
-                       : patience == Patience::kRandom    ? (random >> 8) % late.size()
+                       : patience == Patience::kRandom    ? random_number() % late.size()
                                                           : 0;
   const auto work = std::move(late[place]);
   late.erase(late.begin() + static_cast<std::ptrdiff_t>(place));
@@ -182,12 +187,13 @@ inline void run_block() {
   while (alive > 0 && failure.empty()) {
     bool progress = false;
     for (unsigned i = 0; i < blockDim.x && failure.empty(); ++i) {
-      current = descending ? blockDim.x - 1 - i : i;
+      current = order == Order::kFalling ? blockDim.x - 1 - i : i;
       Fiber& fiber = self();
       threadIdx.x = current;
       if (fiber.done || (fiber.ready && !fiber.ready())) continue;
-      fiber.ready = nullptr;
       progress = true;
+      if (order == Order::kErratic && random_number() % 4 != 0) continue;
+      fiber.ready = nullptr;
       swapcontext(&scheduler, &fiber.context);
       if (fiber.done) --alive;
     }
@@ -257,5 +263,6 @@ T atomicMax(T* address, T value) {
 }
 
 inline void __threadfence() {}
+inline void __trap() { emulator::fail("a trap"); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::min;

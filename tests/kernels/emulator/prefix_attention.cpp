@@ -18,9 +18,9 @@ const char* run(const r4b::TensorMap (&maps)[3], const r4b::Arguments& args, int
 extern "C" const char* prefix_attention(
     const uint16_t* q, const uint16_t* k, const uint16_t* v, const int* offsets, const int* tiles, uint16_t* out,
     float* lse, int tokens, int heads, int key_heads, int head_dim, int segments, int slots, float scale, int blocks,
-    int patience, int descending) {
+    int patience, int order) {
   emulator::patience = static_cast<emulator::Patience>(patience);
-  emulator::descending = descending;
+  emulator::order = static_cast<emulator::Order>(order);
   const auto map = [&](const uint16_t* data, int count) {
     return r4b::TensorMap{data, {head_dim, count, tokens}, {1, head_dim, static_cast<int64_t>(count) * head_dim}};
   };

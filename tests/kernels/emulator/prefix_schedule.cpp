@@ -13,8 +13,8 @@ extern "C" int num_slots(int tokens, int segments, int rows) {
 }
 
 extern "C" const char* prefix_schedule(
-    const int* offsets, const int* parent, int segments, int tokens, int rows, int* tiles, int descending) {
-  emulator::descending = descending;
+    const int* offsets, const int* parent, int segments, int tokens, int rows, int* tiles, int order) {
+  emulator::order = static_cast<emulator::Order>(order);
   const int slots = num_slots(tokens, segments, rows);
   std::vector<r4b::PrefixTile> list(slots);
   std::memset(static_cast<void*>(list.data()), 0x55, list.size() * sizeof(r4b::PrefixTile));

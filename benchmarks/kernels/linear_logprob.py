@@ -1,7 +1,8 @@
-"""linear_logprob on the CPU, against the composition that keeps the logits, TRL, and the bare matrix products."""
+"""linear_logprob against the composition that keeps the logits, TRL, CCE, and the bare matrix products."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -9,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels._machine import DTYPE, ON_GPU, on
 from r4b_kernels import linear_logprob
 
-LOADS = {"T1500_H128_V64": (1500, 128, 64), "T512_H256_V32768": (512, 256, 32768)}
+LOADS = on(
+    {"T1500_H128_V64": (1500, 128, 64), "T512_H256_V32768": (512, 256, 32768)},
+    {"T8192_H4096_V151936": (8192, 4096, 151936), "T8192_H2560_V151936": (8192, 2560, 151936)},
+)
 
 
 def composed(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = torch.log_softmax(hidden @ weight.T, dim=-1)
+    log_p = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
     return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
@@ -38,8 +43,8 @@ def bare_products(hidden: Tensor, weight: Tensor, backward: bool) -> Callable[[]
 def test_linear_logprob(load: str, step: str, contest: Callable[..., None]) -> None:
     torch.manual_seed(0)
     tokens, width, vocabulary = LOADS[load]
-    hidden = torch.randn(tokens, width, requires_grad=True)
-    weight = (torch.randn(vocabulary, width) / width**0.5).requires_grad_()
+    hidden = torch.randn(tokens, width, dtype=DTYPE, requires_grad=True)
+    weight = (torch.randn(vocabulary, width, dtype=DTYPE) / width**0.5).requires_grad_()
     target = torch.randint(vocabulary, (tokens,))
     seed = torch.randn(tokens)
 
@@ -48,7 +53,10 @@ def test_linear_logprob(load: str, step: str, contest: Callable[..., None]) -> N
             return torch.no_grad()(lambda: function(hidden, weight, target))
         return lambda: torch.autograd.grad(function(hidden, weight, target)[0], (hidden, weight), seed)
 
-    torch.testing.assert_close(linear_logprob(hidden, weight, target), composed(hidden, weight, target))
+    with torch.no_grad():
+        pairs = zip(linear_logprob(hidden, weight, target), composed(hidden, weight, target), strict=True)
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine, theirs, rtol=on(1e-5, 1e-2), atol=on(1e-5, 5e-2))
     rivals = {
         "torch composed": timed(composed),
         "bare products": bare_products(hidden, weight, step == "forward_backward"),
@@ -59,6 +67,9 @@ def test_linear_logprob(load: str, step: str, contest: Callable[..., None]) -> N
         rivals["TRL chunked"] = timed(
             lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, 4096, None, 1.0, ("entropy",))[:2]
         )
+    if ON_GPU and importlib.util.find_spec("cut_cross_entropy"):
+        cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+        rivals["CCE, without entropy"] = timed(lambda h, w, t: (-cce(h, w, t, reduction="none"),))
     products = 1 if step == "forward" else 4
     size = hidden.nbytes + weight.nbytes
     contest(

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels._machine import DTYPE, ON_GPU, on
+from benchmarks.kernels._step import STEPS, compiled, timed
 from r4b_kernels import merge_norm
 
 SIDE = on(32, 128)  # of the image, in patches
 WIDTH = on(384, 1152)
 
 
-@pytest.mark.parametrize("step", ["forward", "forward_backward"])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("ordered", [False, True], ids=["blocks", "raster"])
 @pytest.mark.parametrize("norm_merged", [False, True], ids=["merger", "deepstack"])
 def test_merge_norm(norm_merged: bool, ordered: bool, step: str, contest: Callable[..., None]) -> None:
@@ -36,15 +37,15 @@ def test_merge_norm(norm_merged: bool, ordered: bool, step: str, contest: Callab
         rows = (x if order is None else x[order]).view(-1, span)
         return F.layer_norm(rows, (span,), weight, bias, 1e-6).view(grad.shape)
 
-    def timed(function: Callable[..., Tensor]) -> Callable[[], object]:
-        if step == "forward":
-            return torch.no_grad()(lambda: function(*inputs))
-        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
-
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if ON_GPU else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(ours(*inputs), composed(*inputs), **tolerance)
-    rivals = {"torch composed": timed(composed)}
+    rivals = {"torch composed": composed}
     if ON_GPU:
-        rivals["torch.compile"] = timed(torch.compile(composed, dynamic=False))
-    passes = 2 if step == "forward" else 5
-    contest(timed(ours), rivals, bytes_moved=passes * inputs[0].nbytes, flops=6 * passes * inputs[0].numel())
+        rivals["torch.compile"] = compiled(composed)
+    passes = 2 if step == "forward" else 3
+    contest(
+        timed(ours, inputs, grad, step),
+        {name: timed(rival, inputs, grad, step) for name, rival in rivals.items()},
+        bytes_moved=passes * grad.nbytes,
+        flops=6 * passes * grad.numel(),
+    )

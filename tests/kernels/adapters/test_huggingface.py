@@ -34,6 +34,8 @@ def qwen3(dtype: torch.dtype, **changes: Any) -> Any:
     config = transformers.Qwen3Config(**{**sizes, **heads, **changes})
     own = "sdpa" if dtype == torch.float64 else "eager"
     model = transformers.Qwen3ForCausalLM._from_config(config, attn_implementation=own, dtype=dtype)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.4  # not the kernels' own D ** -0.5
     if dtype == torch.float64:
         for module in model.modules():
             for name, norm in list(module.named_children()):

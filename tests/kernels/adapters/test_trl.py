@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from r4b_kernels.adapters import trl as adapter
-from r4b_kernels.adapters.grpo import LOSS_TYPES, row_weights
+from r4b_kernels.adapters.grpo import LOSS_TYPES, grpo_loss, row_weights
 from r4b_kernels.adapters.padded import share_prompts
 
 trl = pytest.importorskip("trl")
@@ -133,6 +133,18 @@ def test_training_leaves_the_weights_that_trl_leaves(mine: type, tmp_path: Path)
         assert ours.keys() == theirs.keys()
         for name in theirs.keys() - {"step_time"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_padding_may_hold_anything(old: bool) -> None:
+    mask = (torch.arange(5) < torch.tensor([5, 2])[:, None]).float()
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
+    bad = torch.where(mask.bool(), 0.0, torch.nan)
+    ids, weights = torch.where(mask.bool(), torch.randint(29, (2, 5)), 10**6), row_weights(mask, "grpo")
+    rows = (ids, torch.randn(2, 5) + bad, weights, torch.randn(2, 5) + bad if old else None)
+    loss = grpo_loss(hidden, weight, *rows, ref_logprob=torch.randn(2, 5) + bad, kl_coef=0.1).loss
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert bool(gradient.isfinite().all()) and bool(gradient.any())
 
 
 REFUSED = {

@@ -17,7 +17,8 @@ from r4b_kernels.linear_distill.reference import Objective, Rows, check_rows, ro
 from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.vocabulary import RowStatistics, group_of, merge_shards, shard_start, sum_over, vocabulary_size
 
-# Stands in for -inf in the columns of listed ids: its exponential is 0, and so is 0 times it.
+# Stands in for -inf in the columns of listed ids: its exponential is 0, and so is 0 times it. A shard with nothing else
+# has this as its maximum, and so no part in the sums over shards.
 _OUT = -1e30
 # A gathered row of the weight costs about as much as this many rows in a matrix product.
 _GATHER_COST = 16
@@ -107,7 +108,7 @@ def _dense(
         listed = shard.sum(listed.view(inside.shape))
         if objective.tail:
             z.view(-1).index_fill_(0, place, _OUT)
-            exp, share, rest = _reduce_rest(z, inside.sum(1) == shard.size, buffers, shard.ranks)
+            exp, share, rest = _reduce_rest(z, buffers, shard.ranks)
             slope = reduce(index, chunk_rows, listed, rest)
             grad_z = exp.mul_((share * slope[:, -1])[:, None])
         else:
@@ -120,7 +121,7 @@ def _dense(
 
 
 def _reduce_rest(
-    z: Tensor, empty: Tensor, buffers: ChunkBuffers, ranks: dist.ProcessGroup | None
+    z: Tensor, buffers: ChunkBuffers, ranks: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """What the logits of the ids that are not listed come to, over all shards. Overwrites z [T, V].
 
@@ -130,10 +131,10 @@ def _reduce_rest(
     """
     maximum = z.amax(1)
     exp = buffers.exp(z.sub_(maximum[:, None]))
-    total = exp.sum(1).masked_fill_(empty, 0.0)
-    weighted = z.mul_(exp).sum(1).masked_fill_(empty, 0.0)
+    total = exp.sum(1)
+    weighted = z.mul_(exp).sum(1)
     whole = merge_shards(RowStatistics(maximum, total, weighted, torch.zeros_like(total)), ranks)
-    share = torch.where(empty, 0.0, (maximum - whole.maximum).exp() / whole.total)
+    share = (maximum - whole.maximum).exp() / whole.total
     return exp, share, (whole.logsumexp, whole.entropy)
 
 

@@ -33,7 +33,7 @@ MAX_SLOTS = 1024
 # |i| is at least this times the row's largest |g_k|. Elements g_k / i stay below 1e22, and what a too large i adds to
 # the others' gradients, at most exp(16) LEAST of that largest, is far below what the accumulation dtype resolves.
 LEAST = {torch.float32: 2.0**-72, torch.float64: 2.0**-300}
-# Stands in for -inf in the columns of listed ids: reduce_rows makes 0 of it.
+# Stands in for -inf in the columns of listed ids: reduce_rows makes 0 of it. See the cpu backend's.
 OUT = tl.constexpr(-1e30)
 FORWARD, REVERSE, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 CODES = {"forward_kl": FORWARD.value, "reverse_kl": REVERSE.value, "jsd": JSD.value}
@@ -122,7 +122,7 @@ def _dense(
     hidden: Tensor, weight: Tensor, results: Results, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(grad hidden, grad weight), by products with the whole shard."""
-    shard, live, slots = results.shard, results.live, results.rows.ids.shape[1]
+    shard, live = results.shard, results.live
     gradients = GradientAccumulator(hidden, weight, need_hidden, need_weight)
     buffers = ChunkBuffers(live.count, hidden, weight)
     nobody = torch.full((min(live.count, buffers.rows),), -1, device=hidden.device)
@@ -137,11 +137,6 @@ def _dense(
         narrow = narrow_view(z, hidden.dtype)
         powers = narrow if one_pass and (need_hidden or need_weight) else None
         local, offset = reduce_rows(z, target, shard.start, shard.vocabulary, powers)
-        if slots >= shard.size:
-            empty = shard.columns(ids)[1].sum(1) == shard.size
-            local = local._replace(
-                total=local.total.masked_fill(empty, 0.0), weighted=local.weighted.masked_fill(empty, 0.0)
-            )
         whole = merge_shards(local, shard.ranks)
         slope, scale = results.score(chunk, listed, whole[:3], None if powers is None else offset)
         if powers is not None:

@@ -268,6 +268,7 @@ def _score(
     mask = slot < slots
     id = tl.load(ids + token * slots + slot, mask=mask, other=-1)
     used = id >= 0
+    others = tl.sum(used.to(tl.int32), 0) < vocabulary
     wrong = tl.max((id >= vocabulary).to(tl.int32), 0)
     for other in range(slots):
         twice = used & (id == tl.load(ids + token * slots + other)) & (slot != other)
@@ -275,71 +276,24 @@ def _score(
 
     # The buckets, in float64: it is little, and so rounding enters by the logits alone.
     log_t = tl.load(logprobs + token * slots + slot, mask=used, other=0.0).to(tl.float64)
-    log_t = tl.where(used, log_t, float("-inf"))
-    mass = tl.sum(tl.exp(log_t), 0)
-    log_t0 = mass * 0.0
-    others = tl.sum(used.to(tl.int32), 0) < vocabulary
-    if TAIL:
-        left = tl.where(others, tl.maximum(1.0 - mass, FLOOR), 0.0)
-        log_norm = tl.log(mass + left)
-        log_t0 = tl.log(tl.where(others, left, 1.0)) - log_norm
-    else:
-        peak_t = tl.max(log_t, 0)
-        log_norm = peak_t + tl.log(tl.sum(tl.exp(log_t - peak_t), 0))
-    log_t = log_t - log_norm
-    t = tl.where(used, tl.exp(log_t), 0.0)
-    log_t = tl.where(used, log_t, 0.0)
-
+    mass = tl.sum(tl.where(used, tl.exp(log_t), 0.0), 0)
+    log_t, log_t0, t, t0 = _teacher(log_t, mass, used, others, TAIL)
     logit = tl.load(listed + row * slots + slot, mask=used, other=0.0).to(tl.float64)
-    peak = tl.max(tl.where(used, logit, float("-inf")), 0)
-    rest = peak
-    rest_entropy = peak * 0.0
+    rest = mass * 0.0
+    rest_entropy = mass * 0.0
     if TAIL:
-        rest_maximum = tl.load(maximum + row).to(tl.float64)
         rest_total = tl.where(others, tl.load(total + row).to(tl.float64), 1.0)
-        log_rest_total = tl.log(rest_total)
-        rest = rest_maximum + log_rest_total
-        rest_entropy = log_rest_total - tl.load(weighted + row).to(tl.float64) / rest_total
-        peak = tl.where(others, tl.maximum(peak, rest), peak)
-    norm = tl.sum(tl.where(used, tl.exp(logit - peak), 0.0), 0)
-    if TAIL:
-        norm += tl.where(others, tl.exp(rest - peak), 0.0)
-    log_q = tl.where(used, (logit - peak) - tl.log(norm), 0.0)
-    q = tl.where(used, tl.exp(log_q), 0.0)
-    log_q0 = norm * 0.0
-    q0 = norm * 0.0
-    t0 = norm * 0.0
-    if TAIL:
-        log_q0 = tl.where(others, (rest - peak) - tl.log(norm), 0.0)
-        q0 = tl.where(others, tl.exp(log_q0), 0.0)
-        t0 = tl.where(others, tl.exp(log_t0), 0.0)
-
-    if DIVERGENCE == FORWARD:
-        divergence = tl.sum(_times(t, log_t - log_q), 0) + _times(t0, log_t0 - log_q0)
-        g = q - t
-        g0 = q0 - t0
-    else:
-        log_m = log_t
-        log_m0 = log_t0
-        if DIVERGENCE == JSD:
-            log_m = tl.log(tl.where(used, BETA * t + (1.0 - BETA) * q, 1.0))
-            log_m0 = tl.log(tl.where(t0 + q0 == 0.0, 1.0, BETA * t0 + (1.0 - BETA) * q0))
-        divergence = tl.sum(_times(q, log_q - log_m), 0) + _times(q0, log_q0 - log_m0)
-        g = _times(q, log_q - log_m - divergence)
-        g0 = _times(q0, log_q0 - log_m0 - divergence)
-        if DIVERGENCE == JSD:
-            g = (1.0 - BETA) * g
-            g0 = (1.0 - BETA) * g0
-            from_teacher = tl.sum(_times(t, log_t - log_m), 0) + _times(t0, log_t0 - log_m0)
-            divergence = BETA * from_teacher + (1.0 - BETA) * divergence
-
+        rest = tl.load(maximum + row).to(tl.float64) + tl.log(rest_total)
+        rest_entropy = tl.log(rest_total) - tl.load(weighted + row).to(tl.float64) / rest_total
+    log_q, log_q0, q, q0 = _student(logit, rest, used, others, TAIL)
+    divergence, g, g0 = _divergence(log_q, log_q0, q, q0, log_t, log_t0, t, t0, used, DIVERGENCE, BETA)
     entropy = -tl.sum(_times(q, log_q), 0) - _times(q0, log_q0) + _times(q0, rest_entropy)
+
     # What the host would refuse, and a device must not wait to look at, ends as NaN in the row.
     divergence = tl.where(wrong > 0, float("nan"), divergence)
     g = tl.where(wrong > 0, float("nan"), g)
     g0 = tl.where(wrong > 0, float("nan"), g0)
-    weight = tl.load(row_weight + token).to(tl.float64)
-    tl.store(values + token, weight * divergence)
+    tl.store(values + token, tl.load(row_weight + token).to(tl.float64) * divergence)
     tl.store(values + tokens + token, divergence)
     tl.store(values + 2 * tokens + token, mass)
     tl.store(values + 3 * tokens + token, tl.sum(q, 0))
@@ -356,6 +310,56 @@ def _score(
         g = g * factor
         tl.store(scale + row, factor * g0)
     tl.store(slope + row * slots + slot, g, mask=mask)
+
+
+@triton.jit
+def _teacher(logprob, mass, used, others, TAIL: tl.constexpr):
+    """(log t, log t_0, t, t_0): the teacher's buckets; 0 where there is none."""
+    left = mass * 0.0
+    if TAIL:
+        left = tl.where(others, tl.maximum(1.0 - mass, FLOOR), 0.0)
+        norm = tl.log(mass + left)
+    else:
+        peak = tl.max(tl.where(used, logprob, float("-inf")), 0)
+        norm = peak + tl.log(tl.sum(tl.where(used, tl.exp(logprob - peak), 0.0), 0))
+    log_t = tl.where(used, logprob - norm, 0.0)
+    log_t0 = tl.where(left > 0.0, tl.log(tl.where(left > 0.0, left, 1.0)) - norm, 0.0)
+    return log_t, log_t0, tl.where(used, tl.exp(log_t), 0.0), tl.where(left > 0.0, tl.exp(log_t0), 0.0)
+
+
+@triton.jit
+def _student(logit, rest, used, others, TAIL: tl.constexpr):
+    """(log q, log q_0, q, q_0): the softmax of the bucket logits; 0 where there is none."""
+    others = others & TAIL
+    peak = tl.max(tl.where(used, logit, float("-inf")), 0)
+    peak = tl.where(others, tl.maximum(peak, rest), peak)
+    norm = tl.sum(tl.where(used, tl.exp(logit - peak), 0.0), 0)
+    norm = tl.log(norm + tl.where(others, tl.exp(rest - peak), 0.0))
+    log_q = tl.where(used, (logit - peak) - norm, 0.0)
+    log_q0 = tl.where(others, (rest - peak) - norm, 0.0)
+    return log_q, log_q0, tl.where(used, tl.exp(log_q), 0.0), tl.where(others, tl.exp(log_q0), 0.0)
+
+
+@triton.jit
+def _divergence(log_q, log_q0, q, q0, log_t, log_t0, t, t0, used, DIVERGENCE: tl.constexpr, BETA: tl.constexpr):
+    """(divergence, g, g_0): see the definition's ``divergence_and_slope``."""
+    if DIVERGENCE == FORWARD:
+        divergence = tl.sum(_times(t, log_t - log_q), 0) + _times(t0, log_t0 - log_q0)
+        return divergence, q - t, q0 - t0
+    log_m = log_t
+    log_m0 = log_t0
+    if DIVERGENCE == JSD:
+        log_m = tl.log(tl.where(used, BETA * t + (1.0 - BETA) * q, 1.0))
+        log_m0 = tl.log(tl.where(t0 + q0 == 0.0, 1.0, BETA * t0 + (1.0 - BETA) * q0))
+    divergence = tl.sum(_times(q, log_q - log_m), 0) + _times(q0, log_q0 - log_m0)
+    g = _times(q, log_q - log_m - divergence)
+    g0 = _times(q0, log_q0 - log_m0 - divergence)
+    if DIVERGENCE == JSD:
+        g = (1.0 - BETA) * g
+        g0 = (1.0 - BETA) * g0
+        from_teacher = tl.sum(_times(t, log_t - log_m), 0) + _times(t0, log_t0 - log_m0)
+        divergence = BETA * from_teacher + (1.0 - BETA) * divergence
+    return divergence, g, g0
 
 
 @triton.jit

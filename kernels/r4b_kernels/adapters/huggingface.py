@@ -13,6 +13,7 @@ position ids that start again (it looks for these only under ``use_cache=False``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ def register() -> None:
 
     for name in (PREFIX, VISION):
         AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, mask_layout)
+        AttentionMaskInterface.register(name, mask_segments)
 
 
 def use_vision_attention(tower: Any) -> None:
@@ -52,7 +53,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PrefixLayout | Tensor | None,
+    attention_mask: Segments | Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -85,13 +86,28 @@ def attention(
     if not causal:
         out = vision_attention(q, k, v, rows if cu_seq_lens_q is None else cu_seq_lens_q.int(), scale=scaling)
     else:
-        given = None if cu_seq_lens_q is None else _varlen(cu_seq_lens_q)
-        layout = prefix_layout or given or attention_mask or _varlen(rows)
+        if prefix_layout is not None:
+            layout = prefix_layout
+        elif attention_mask is not None and cu_seq_lens_q is None:
+            layout = attention_mask.layout
+        else:
+            layout = _varlen(rows if cu_seq_lens_q is None else cu_seq_lens_q)
         out = cast(Tensor, prefix_attention(q, k, v, layout, scale=scaling))
     return out.view(batch, tokens, heads, dim), None
 
 
-def mask_layout(
+class Segments:
+    """What the models carry in place of a mask: their segments, looked for once, when a layer has no other layout."""
+
+    def __init__(self, find: Callable[[], PrefixLayout]) -> None:
+        self._find = find
+
+    @functools.cached_property
+    def layout(self) -> PrefixLayout:
+        return self._find()
+
+
+def mask_segments(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -102,8 +118,26 @@ def mask_layout(
     device: torch.device | str = "cpu",
     allow_is_bidirectional_skip: bool | None = None,
     **_: Any,
-) -> PrefixLayout | None:
-    """The mask function: once per forward, the segments of the batch instead of a mask (one wait for the device).
+) -> Segments | None:
+    """The mask function of transformers, called once per forward."""
+    if allow_is_bidirectional_skip is not None:
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError(f"attention_mask pads a bidirectional batch: {PREFIX} takes images by cu_seqlens only")
+        return None
+    if kv_length != q_length:
+        raise ValueError(f"{q_length} queries for {kv_length} keys: {PREFIX} reads no cache; generate with another")
+    shape = (batch_size, q_length)
+    return Segments(functools.partial(_find_segments, shape, q_offset, mask_function, attention_mask, device))
+
+
+def _find_segments(
+    shape: tuple[int, int],
+    q_offset: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> PrefixLayout:
+    """The segments of a batch [B, T], read off its mask; waits for the device.
 
     A token begins a segment if it does not see the one before it, or if one of them is padding. Padding becomes
     segments of its own, which nobody reads.
@@ -111,12 +145,7 @@ def mask_layout(
     Raises:
         ValueError: for a mask that is not causal within such segments, or padding inside a sequence.
     """
-    if allow_is_bidirectional_skip is not None:
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError(f"attention_mask pads a bidirectional batch: {PREFIX} takes images by cu_seqlens only")
-        return None
-    if kv_length != q_length:
-        raise ValueError(f"{q_length} queries for {kv_length} keys: {PREFIX} reads no cache; generate with another")
+    batch_size, q_length = shape
     row = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(q_length, device=device)[None]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from r4b_kernels import PrefixLayout
@@ -132,10 +133,31 @@ def test_what_it_cannot_compute_is_an_error() -> None:
         model.train()(ids)
     sliding = qwen3(torch.float32, use_sliding_window=True, sliding_window=3, max_window_layers=0)
     sliding.set_attn_implementation("r4b_prefix")
-    with pytest.raises(ValueError, match="not causal in segments"):
-        sliding(ids)
     with pytest.raises(ValueError, match="sliding_window is set"):
-        huggingface.attention(model, *torch.zeros(3, 1, 1, 6, 4), None, sliding_window=3)
+        sliding(ids)
+
+
+@pytest.mark.parametrize("kind", ["sliding_window_causal_mask_function", "sliding_window_bidirectional_mask_function"])
+def test_masks_that_are_no_segments_are_refused(kind: str) -> None:
+    """A model need not tell its attention that it has a window: its mask tells."""
+    mask = getattr(pytest.importorskip("transformers.masking_utils"), kind)(3)
+    with pytest.raises(ValueError, match="not causal in segments"):
+        _ = huggingface.mask_segments(1, 6, 6, mask_function=mask).layout
+
+
+def test_a_given_layout_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the compiled model takes another layout of the same shape without compiling again."""
+    looked: list[None] = []
+    monkeypatch.setattr(huggingface, "_find_segments", lambda *_: looked.append(None))
+    model, ids = qwen3(torch.float32), torch.randint(97, (1, 9))
+    model.set_attn_implementation("r4b_prefix")
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=compiles, fullgraph=True)
+    for lengths in ([4, 3, 2], [3, 1, 5], [2, 2, 5]):
+        layout = PrefixLayout.from_lengths(lengths, [-1, 0, 0])
+        inputs = dict(input_ids=ids, position_ids=positions(layout, 9)[None], prefix_layout=layout, use_cache=False)
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    assert compiles.frame_count == 1 and not looked
 
 
 def qwen3_vl() -> Any:

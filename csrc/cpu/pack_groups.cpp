@@ -1,5 +1,5 @@
-// pack_groups: groups of responses into bins of fixed capacity. The method of r4b_kernels/pack_groups/cpu.py, decision for
-// decision, so that both give the same plan; its comments say why. Integers are tokens unless named otherwise.
+// pack_groups: groups of responses into bins of fixed capacity. The method of r4b_kernels/pack_groups/cpu.py, decision
+// for decision, so that both give the same plan; its comments say why. Integers are tokens unless named otherwise.
 
 #include <algorithm>
 #include <cmath>
@@ -341,7 +341,8 @@ Plan deal(const Problem& problem, const Packing& packing) {
   std::vector<double> totals(problem.ranks, 0.0);
   Integers dearest_first(costs.size());
   std::iota(dearest_first.begin(), dearest_first.end(), 0);
-  std::stable_sort(dearest_first.begin(), dearest_first.end(), [&](int64_t a, int64_t b) { return costs[a] > costs[b]; });
+  const auto dearer = [&](int64_t a, int64_t b) { return costs[a] > costs[b]; };
+  std::stable_sort(dearest_first.begin(), dearest_first.end(), dearer);
   for (const int64_t bin : dearest_first) {
     int64_t rank = -1;
     for (int64_t r = 0; r < problem.ranks; ++r) {

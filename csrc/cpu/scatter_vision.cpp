@@ -36,8 +36,8 @@ void forward(
   });
 }
 
-// grad [T, H], index [T] -> grad_embeddings [T, H] (left alone if accumulate), grad_features [P, H]. Tokens that share a
-// feature add up in ascending order.
+// grad [T, H], index [T] -> grad_embeddings [T, H] (left alone if accumulate), grad_features [P, H]. Tokens that share
+// a feature add up in ascending order.
 void backward(
     const Tensor& grad, const Tensor& index, bool accumulate, const Tensor& grad_embeddings,
     const Tensor& grad_features) {

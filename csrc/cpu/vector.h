@@ -1,4 +1,4 @@
-// Rows of float32 in vectors of eight: GCC's and Clang's vector extension, which becomes AVX on x86-64 and NEON on arm64.
+// Rows of float32 in vectors of eight, by the vector extension of GCC and Clang: AVX on x86-64, NEON on arm64.
 
 #pragma once
 

@@ -42,8 +42,7 @@ struct Arguments {
   float* token_advantage;  // [num_tokens]
   bool* live;              // [N]
   int* live_rows;          // [N]
-  int* num_live;           // [1]
-  unsigned* finished;      // [1], 0 at the start
+  int* num_live;           // [1], 0 at the start: until the end it counts the blocks that have finished
 
   __device__ double reward(int64_t row) const {
     return wide_rewards ? static_cast<const double*>(rewards)[row]
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) advantages(const Arguments args) 
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(args.finished, 1u) == gridDim.x * gridDim.y - 1;
+  if (threadIdx.x == 0) last = atomicAdd(args.num_live, 1) == static_cast<int>(gridDim.x * gridDim.y) - 1;
   __syncthreads();
   if (last) {
     __threadfence();
@@ -237,7 +236,7 @@ void group_advantage(
   const bool wide = rewards.scalar_type() == ScalarType::Double;
   check((wide || rewards.scalar_type() == ScalarType::Float) && rewards.is_contiguous(),
         "rewards must be float32 or float64 [N]");
-  check(rows < INT32_MAX && groups >= 0 && groups < INT32_MAX, "the rows and groups must fit 32 bits");
+  check(rows < INT32_MAX && groups >= 0 && groups < INT32_MAX / kMostShares, "the rows and groups must fit 32 bits");
   check(baseline >= kUnion && baseline <= kLeaveOneOut, "baseline must be 0, 1 or 2");
   check_tensor(advantage, ScalarType::Float, rows, "advantage must be float32 [N]");
   check_tensor(token_advantage, ScalarType::Float, token_advantage.numel(), "token_advantage must be float32 [T]");
@@ -245,7 +244,6 @@ void group_advantage(
   check_tensor(live_rows, ScalarType::Int, rows, "live_rows must be int32 [N]");
   check_tensor(num_live, ScalarType::Int, 1, "num_live must be int32 [1]");
   const DeviceGuard guard(rewards);
-  const Tensor finished = torch::stable::new_empty(num_live, {1});
   const Arguments args{
       rewards.const_data_ptr(),
       wide,
@@ -263,9 +261,8 @@ void group_advantage(
       token_advantage.mutable_data_ptr<float>(),
       live.mutable_data_ptr<bool>(),
       live_rows.mutable_data_ptr<int>(),
-      num_live.mutable_data_ptr<int>(),
-      static_cast<unsigned*>(finished.mutable_data_ptr())};
-  STD_CUDA_CHECK(cudaMemsetAsync(args.finished, 0, sizeof(unsigned), guard.stream()));
+      num_live.mutable_data_ptr<int>()};
+  STD_CUDA_CHECK(cudaMemsetAsync(args.num_live, 0, sizeof(int), guard.stream()));
   const int64_t blocks = groups > 0 ? groups : 1, shares = args.num_tokens / (blocks * kTokensOfShare);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(shares < 1 ? 1 : shares > kMostShares ? kMostShares : shares));

@@ -196,7 +196,8 @@ constexpr int kThreads = 1024;
 
 // offsets int32 [S + 1], parent int32 [S]; tiles int32 [slots, 8], of at most `rows` rows each.
 void prefix_schedule(
-    const Tensor& offsets, const Tensor& parent, int64_t num_tokens, int64_t rows, const Tensor& tiles) {
+    const Tensor& offsets, const Tensor& parent, int64_t num_tokens, int64_t rows, const Tensor& tiles,
+    const Tensor& scratch) {
   using namespace r4b;
   const int64_t segments = parent.numel(), slots = num_slots(num_tokens, segments, rows);
   check(rows > 0 && num_tokens >= 0 && num_tokens + rows < INT_MAX && (2 + kTileInts) * slots < INT_MAX,
@@ -204,8 +205,9 @@ void prefix_schedule(
   check_tensor(offsets, ScalarType::Int, segments + 1, "offsets must be int32 [S + 1]");
   check_tensor(parent, ScalarType::Int, segments, "parent must be int32 [S]");
   check_tensor(tiles, ScalarType::Int, slots * kTileInts, "tiles must be int32 [T / rows + S + 2, 8]");
+  check_tensor(scratch, ScalarType::Int, 2 * (segments + 1) + (1 + kTileInts) * slots,
+               "scratch must be int32 [2 (S + 1) + 9 slots]");
   const DeviceGuard guard(offsets);
-  const Tensor scratch = torch::stable::new_empty(offsets, {2 * (segments + 1) + (1 + kTileInts) * slots});
   const Layout layout{offsets.const_data_ptr<int>(), parent.const_data_ptr<int>(), static_cast<int>(segments),
                       static_cast<int>(num_tokens)};
   build_schedule<kThreads><<<1, kThreads, 0, guard.stream()>>>(
@@ -217,7 +219,9 @@ void prefix_schedule(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(r4b_native, library) {
-  library.def("prefix_schedule(Tensor offsets, Tensor parent, int num_tokens, int rows, Tensor(a!) tiles) -> ()");
+  library.def(
+      "prefix_schedule(Tensor offsets, Tensor parent, int num_tokens, int rows, Tensor(a!) tiles, Tensor(b!) scratch) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r4b_native, CUDA, library) { library.impl("prefix_schedule", TORCH_BOX(&prefix_schedule)); }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r4b_kernels import dispatch
+from r4b_kernels import dispatch, native
 from r4b_kernels.group_advantage import cpu, reference
 
 __all__ = ["BASELINES", "Advantage", "group_advantage"]
@@ -18,6 +18,8 @@ BASELINES = ("union", "per_mode", "leave_one_out")
 dispatch.register("group_advantage", "cpu", cpu.forward, dispatch.only_on("cpu"))
 dispatch.register("group_advantage", "triton", "r4b_kernels.group_advantage.triton:forward", dispatch.where_triton_runs)
 dispatch.register("group_advantage", "reference", reference.forward)
+# Last, so that it serves only who asks for it by name: it has never run on a GPU.
+dispatch.register("group_advantage", "cuda", "r4b_kernels.group_advantage.cuda:forward", native.cuda_available)
 
 
 class Advantage(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r4b_kernels import dispatch
+from r4b_kernels import dispatch, native
 from r4b_kernels.layout import PrefixLayout
 from r4b_kernels.precision import accumulation_dtype
 from r4b_kernels.prefix_attention import cpu as _cpu
@@ -19,6 +19,8 @@ dispatch.register(
     "prefix_attention", "triton", "r4b_kernels.prefix_attention.triton:Backend", dispatch.where_triton_runs
 )
 dispatch.register("prefix_attention", "reference", _reference.Backend)
+# Last, so that it serves only who asks for it by name: it has never run on a GPU.
+dispatch.register("prefix_attention", "cuda", "r4b_kernels.prefix_attention.cuda:Backend", native.cuda_available)
 
 
 def prefix_attention(

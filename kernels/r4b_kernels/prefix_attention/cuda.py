@@ -62,8 +62,11 @@ class Backend:
 def schedule(offsets: Tensor, parent: Tensor, num_tokens: int, rows: int = TILE_ROWS) -> Tensor:
     """The tiles of at most ``rows`` query rows, int32 [N, 8] as _varlen_schedule.Schedule.queries lists them, in one
     launch; in order of falling cost to within 1/64 of the highest."""
-    tiles = offsets.new_empty(num_tokens // rows + parent.numel() + 2, 8)
-    torch.ops.r4b_native.prefix_schedule(offsets.contiguous(), parent.contiguous(), num_tokens, rows, tiles)
+    segments = parent.numel()
+    slots = num_tokens // rows + segments + 2
+    tiles = offsets.new_empty(slots, 8)
+    scratch = offsets.new_empty(2 * (segments + 1) + 9 * slots)
+    torch.ops.r4b_native.prefix_schedule(offsets.contiguous(), parent.contiguous(), num_tokens, rows, tiles, scratch)
     return tiles
 
 

@@ -183,16 +183,17 @@ inline void run_block() {
     fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, start_fiber, 0);
   }
-  unsigned alive = blockDim.x;
-  while (alive > 0 && failure.empty()) {
+  unsigned alive = blockDim.x, held = 0;
+  for (unsigned pass = 0; alive > 0 && failure.empty(); ++pass) {
     bool progress = false;
+    if (pass % 256 == 0) held = random_number() % (blockDim.x / 32);  // a warp that is held back, if order is erratic
     for (unsigned i = 0; i < blockDim.x && failure.empty(); ++i) {
       current = order == Order::kFalling ? blockDim.x - 1 - i : i;
       Fiber& fiber = self();
       threadIdx.x = current;
       if (fiber.done || (fiber.ready && !fiber.ready())) continue;
       progress = true;
-      if (order == Order::kErratic && random_number() % 4 != 0) continue;
+      if (order == Order::kErratic && (current / 32 == held || random_number() % 2 != 0)) continue;
       fiber.ready = nullptr;
       swapcontext(&scheduler, &fiber.context);
       if (fiber.done) --alive;

@@ -1,5 +1,6 @@
-"""The kernels inside other people's trainers, one module each: ``huggingface``, ``trl``, ``verl``, ``megatron``.
+"""The kernels inside other people's trainers: ``huggingface``, ``trl``, ``verl`` and ``megatron``.
 
-Importing r4b_kernels imports none of them, and each imports its package when it is itself imported, or later. The
-versions they are tested with are those of ``constraints.txt`` and ``tests/oracles.txt``.
+Importing them imports torch alone: each reaches for its package where it is used. ``grpo`` and ``padded`` need none:
+GRPO's loss on the head, and padded batches as streams with each prompt once. The versions they are tested with are
+those of ``constraints.txt`` and ``tests/oracles.txt``.
 """

@@ -1,4 +1,4 @@
-"""rms_norm against torch's fused op and the composition that models write; on a GPU its compiled form and Liger's too."""
+"""rms_norm against torch's fused op and the composition that models write; on a GPU, also that compiled, and Liger."""
 
 from __future__ import annotations
 

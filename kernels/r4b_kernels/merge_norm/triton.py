@@ -200,7 +200,7 @@ def _backward(
             reads = mask & known
             writes = reads & (tl.load(owner + target, mask=known, other=-1) == place)
         value = tl.load(x + target * WIDTH + column, mask=reads, other=0.0).to(ACC)
-        normed = tl.where(mask, (value - center) * inverse, 0.0)
+        normed = (value - center) * inverse  # beyond the tile it meets an upstream of 0
         grad_weight += upstream * normed
         grad_bias += upstream
         scaled = upstream * scale

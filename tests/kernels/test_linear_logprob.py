@@ -117,6 +117,17 @@ def test_no_live_row(tokens: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_peaked_rows_in_bfloat16_keep_three_digits(backend: str) -> None:
+    """Logits up to 80: rounded to bfloat16 they would be off by up to 0.25; nothing is."""
+    hidden, weight, target, _ = make(40, 32, 300, torch.bfloat16, masked=False)
+    hidden *= 80.0 / (hidden @ weight.T).amax(-1, keepdim=True)
+    exact, entropy = dense(hidden.double(), weight.double(), target, 1.0)
+    ours = linear_logprob(hidden, weight, target, backend=backend)
+    assert exact.min() < -60
+    assert (ours[0] - exact).abs().max() < 1e-3 and (ours[1] - entropy).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_peaked_rows_keep_their_precision(backend: str) -> None:
     """Logits of +-1000: the log-probability of the peak is 0, of others -2000, and nothing overflows."""
     hidden = torch.tensor([[1000.0], [1000.0]])

@@ -255,11 +255,11 @@ def test_only_live_rows_enter_the_products(tail: bool, monkeypatch: pytest.Monke
 
 
 def test_without_tail_few_ids_need_no_product_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, rows, _ = all_alive(5, 4, 160, 10)
+    hidden, weight, rows, _ = all_alive(5, 4, 480, 10)
     monkeypatch.setattr(cpu, "_dense", None)
     linear_distill(hidden, weight, **rows, tail=False)
     with pytest.raises(TypeError):
-        linear_distill(hidden, weight[:159], **rows, tail=False)
+        linear_distill(hidden, weight[:479], **rows, tail=False)
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -337,7 +337,7 @@ def test_operator_contract() -> None:
 
 @pytest.mark.parametrize("tail", [True, False])
 def test_compiles_without_graph_breaks(tail: bool) -> None:
-    hidden, weight, rows = make(12, 8, 40, 2)
+    hidden, weight, rows = make(12, 8, 100, 2)
     compiled = torch.compile(
         lambda h, w: linear_distill(h, w, **rows, divergence="jsd", tail=tail)._asdict(),
         backend="aot_eager",
@@ -450,7 +450,7 @@ PARALLEL = [
     {"shape": (13, 11, 54, 7), "options": {"divergence": "reverse_kl", "temperature": 0.7}},
     {"shape": (20, 16, 256, 30), "options": {"divergence": "jsd", "beta": 0.2}},
     {"shape": (9, 5, 6, 6), "options": {}},
-    {"shape": (11, 5, 160, 4), "options": {"divergence": "jsd", "tail": False}},
+    {"shape": (11, 5, 200, 4), "options": {"divergence": "jsd", "tail": False}},
     {"shape": (9, 5, 12, 4), "options": {"divergence": "reverse_kl", "tail": False}},
     {"shape": (9, 5, 12, 6), "options": {"divergence": "jsd"}, "first_shard": True},
 ]

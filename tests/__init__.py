@@ -1,0 +1,1 @@
+"""Named as a package so that no other distribution's `tests` is taken for it."""

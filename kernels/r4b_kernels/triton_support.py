@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,9 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["count"])
-def _sum_partials(partials, total, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _sum_partials(
+    partials: Any, total: Any, count: Any, width: Any, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+) -> None:
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     accumulated = tl.zeros([ROWS, BLOCK], dtype=ACC)
     for start in range(0, count, ROWS):

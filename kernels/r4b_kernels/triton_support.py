@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +25,9 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["count"])
-def _sum_partials(
-    partials: Any, total: Any, count: Any, width: Any, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-) -> None:
+def _sum_partials(  # type: ignore[no-untyped-def]
+    partials, total, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     accumulated = tl.zeros([ROWS, BLOCK], dtype=ACC)
     for start in range(0, count, ROWS):

@@ -134,7 +134,11 @@ struct Consumer {
   float highest[2], total[2];     // running maximum of the unscaled scores and sum of P, the latter of this thread's part
 
   __device__ Consumer(const Arguments& arguments, uint32_t shared_base)
-      : args(arguments), shared(shared_base), index(threadIdx.x / kWarpgroup - 1), thread(threadIdx.x % kWarpgroup) {}
+      : args(arguments),
+        shared(shared_base),
+        // From one lane, which tells the compiler that the warp agrees on it.
+        index(__shfl_sync(~0u, static_cast<int>(threadIdx.x / kWarpgroup), 0) - 1),
+        thread(threadIdx.x % kWarpgroup) {}
 
   __device__ void arrive_once_a_warp(uint32_t barrier) const {
     if (thread % 32 == 0) barrier_arrive(barrier);

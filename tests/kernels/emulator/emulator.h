@@ -231,6 +231,11 @@ inline int __syncthreads_or(int value) {
 }
 
 template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::take<T>(emulator::exchange_in_warp(emulator::bits(value)), lane);
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned, T value, int step) {
   const unsigned lane = threadIdx.x % 32;
   return emulator::take<T>(emulator::exchange_in_warp(emulator::bits(value)), lane ^ step);

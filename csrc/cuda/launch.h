@@ -28,7 +28,7 @@ class DeviceGuard {
     STD_CUDA_CHECK(cudaGetDevice(&previous_));
     if (device_ != previous_) STD_CUDA_CHECK(cudaSetDevice(device_));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    check(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "torch knows no current stream of this GPU");
     stream_ = static_cast<cudaStream_t>(stream);
   }
   ~DeviceGuard() {

@@ -34,6 +34,7 @@ class Metrics:
 
     def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
         self.rows = rows
+        # loss, logprob, entropy, ratio, kl
         self.values = torch.zeros(5, *rows.target.shape, dtype=dtype, device=rows.target.device)
         self.values[3] = 1.0
         self.clipped = torch.zeros(rows.target.shape, dtype=torch.bool, device=rows.target.device)
@@ -82,7 +83,7 @@ class Metrics:
             LIMIT=LOG_DIFFERENCE_LIMIT,
             FARTHEST=FARTHEST[whole.total.dtype],
             ROWS=ROWS,
-            num_warps=ROWS // 32,
+            num_warps=4,
         )
         return scale
 
@@ -130,7 +131,11 @@ def forward(
     return *metrics.results(), *gradients.exact_result(ranks)
 
 
-@triton.jit(do_not_specialize=["begin", "count", "tokens"])
+# The statistics are rows of one tensor, aligned or not as the count of rows has it: not worth compiling twice.
+@triton.jit(
+    do_not_specialize=["begin", "count", "tokens"],
+    do_not_specialize_on_alignment=["maximum", "total", "weighted", "wanted", "offset"],
+)
 def _score(
     maximum,
     total,

@@ -28,9 +28,9 @@ R4B_HOST_DEVICE int accumulator_column(int thread, int i) { return i / 4 * 8 + t
 // k-step s holds the accumulator registers 8 s + 2 r and the one after it.
 R4B_HOST_DEVICE int operand_source(int step, int r) { return 8 * step + 2 * r; }
 
-// Matrix descriptor for a place `offset` bytes into a tile with 128-byte swizzling: start address, leading and stride byte
-// offsets in units of 16 bytes at bits 0, 16 and 32, layout type 1 at bit 62; base offset 0, because panels begin at a
-// multiple of 1024 bytes. The lower half is a sum, so that offsets known to the compiler cost one addition.
+// Matrix descriptor for a place `offset` bytes into a tile with 128-byte swizzling: start address, leading and stride
+// byte offsets in units of 16 bytes at bits 0, 16 and 32, layout type 1 at bit 62; base offset 0, because panels begin
+// at a multiple of 1024 bytes. The lower half is a sum, so that offsets known to the compiler cost one addition.
 R4B_HOST_DEVICE uint64_t descriptor(uint32_t tile, uint32_t offset, uint32_t leading, uint32_t stride) {
   return uint64_t{(1u << 30) | (stride >> 4)} << 32 | uint64_t{(tile >> 4) + ((leading >> 4 << 16) + (offset >> 4))};
 }

@@ -1,7 +1,7 @@
 // Hopper's asynchronous machinery (sm_90a) as small functions: mbarriers, TMA, wgmma, named barriers, register quotas.
 //
 // Names in quotes are the sections of the PTX ISA that define the instructions. Addresses of shared memory are 32-bit
-// offsets into the shared window throughout. The tests replace this header by one that emulates every function on a CPU.
+// offsets into the shared window throughout. The tests replace this header by one that emulates every function.
 
 #pragma once
 
@@ -26,7 +26,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 }
 
 // Makes initialised barriers visible to the copy engine; __syncthreads() is needed as well.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -60,8 +62,8 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
 __device__ __forceinline__ void tma_load(
     uint32_t destination, const TensorMap* map, uint32_t barrier, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          destination),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
@@ -121,13 +123,11 @@ __device__ __forceinline__ void hold(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-#define R4B_ACCUMULATORS_8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define R4B_ACCUMULATORS_32 \
-  R4B_ACCUMULATORS_8(0), R4B_ACCUMULATORS_8(8), R4B_ACCUMULATORS_8(16), R4B_ACCUMULATORS_8(24)
-#define R4B_ACCUMULATORS_64                                                              \
-  R4B_ACCUMULATORS_32, R4B_ACCUMULATORS_8(32), R4B_ACCUMULATORS_8(40), R4B_ACCUMULATORS_8(48), \
-      R4B_ACCUMULATORS_8(56)
+#define R4B_ACCUMULATORS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define R4B_ACCUMULATORS_16(i) \
+  R4B_ACCUMULATORS_4(i), R4B_ACCUMULATORS_4(i + 4), R4B_ACCUMULATORS_4(i + 8), R4B_ACCUMULATORS_4(i + 12)
+#define R4B_ACCUMULATORS_32 R4B_ACCUMULATORS_16(0), R4B_ACCUMULATORS_16(16)
+#define R4B_ACCUMULATORS_64 R4B_ACCUMULATORS_32, R4B_ACCUMULATORS_16(32), R4B_ACCUMULATORS_16(48)
 
 // d [64, N] (+)= a [64, 16] b [N, 16]^T, both operands K-major in shared memory.
 __device__ __forceinline__ void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
@@ -167,6 +167,11 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint
       : R4B_ACCUMULATORS_32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+#undef R4B_ACCUMULATORS_64
+#undef R4B_ACCUMULATORS_32
+#undef R4B_ACCUMULATORS_16
+#undef R4B_ACCUMULATORS_4
 
 // "cvt": two floats to a bfloat16 pair, rounded to nearest even; the first in the lower half.
 __device__ __forceinline__ uint32_t bfloat16_pair(float lower, float upper) {

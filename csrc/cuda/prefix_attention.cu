@@ -20,7 +20,7 @@ constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kRows = kTileRows / kConsumers;  // of a consumer
 constexpr int kStages = 3;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 struct Arguments {
   const PrefixTile* tiles;  // [slots]
@@ -131,7 +131,8 @@ struct Consumer {
   float scores[kScores];
   float output[kOutputs];
   uint32_t weights[kScores / 2];  // P in bfloat16
-  float highest[2], total[2];     // running maximum of the unscaled scores and sum of P, the latter of this thread's part
+  float highest[2];               // running maximum of the unscaled scores
+  float total[2];                 // running sum of P, of this thread's part
 
   __device__ Consumer(const Arguments& arguments, uint32_t shared_base)
       : args(arguments),
@@ -168,8 +169,8 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // Rows of V behind the block's end belong to others, and 0 x NaN is NaN: overwrite them. Both consumers write the same
-  // zeros, so neither waits for the other.
+  // Rows of V behind the block's end belong to others, and 0 x NaN is NaN: overwrite them. Both consumers write the
+  // same zeros, so neither waits for the other.
   __device__ void clear_values(const KeyBlock& block, int stage) const {
     const int kept = block.end - block.begin;
     if (kept == kTileKeys) return;
@@ -193,7 +194,7 @@ struct Consumer {
 
   // Scores to exponentials, in place; returns the factors that bring earlier sums to the new maxima.
   __device__ void softmax(float (&rescale)[2]) {
-    const float factor = args.scale / kLn2;
+    const float factor = args.scale * kLog2E;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float top = highest[row];
@@ -478,7 +479,8 @@ void prefix_attention(
               tensor->size(2) == head_dim && tensor->stride(2) == 1,
           "q, k and v must be bfloat16 [T, heads, D] with a last dimension without gaps");
   }
-  check(k.size(1) == v.size(1) && k.size(1) > 0 && heads % k.size(1) == 0, "the heads of k and v must divide those of q");
+  check(k.size(1) == v.size(1) && k.size(1) > 0 && heads % k.size(1) == 0,
+        "the heads of k and v must divide those of q");
   check(scale > 0, "scale must be positive");
   const int64_t segments = offsets.numel() - 1, slots = num_slots(tokens, segments, kTileRows);
   check(segments >= 0 && tokens + kTileRows < INT_MAX && slots * heads < INT_MAX / 2,

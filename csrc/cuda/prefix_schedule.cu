@@ -103,8 +103,8 @@ __device__ PrefixTile make_tile(const Layout& layout, const int* before, const i
   return tile;
 }
 
-// tiles [slots], scratch int32 [2 (S + 1) + 9 slots]. A malformed layout gives tiles over all T rows that are marked so:
-// nothing is read or written out of bounds, and the attention's output is NaN.
+// tiles [slots], scratch int32 [2 (S + 1) + 9 slots]. A malformed layout gives tiles over all T rows that are marked
+// so: nothing is read or written out of bounds, and the attention's output is NaN.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) build_schedule(
     Layout layout, int rows, int slots, PrefixTile* tiles, int* scratch) {

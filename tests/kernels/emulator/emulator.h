@@ -1,9 +1,9 @@
-// Runs CUDA device code on a CPU: a fiber per thread, one block at a time, so that the very kernels are tested without a
-// GPU. Force-included before a source of csrc/cuda; cuda/hopper.cuh beside this file replaces the one it includes.
+// Runs CUDA device code on a CPU: a fiber per thread, one block at a time, so that the very kernels are tested without
+// a GPU. Force-included before a source of csrc/cuda; cuda/hopper.cuh beside this file replaces the one it includes.
 //
 // What an asynchronous engine does, it does at once, or as late as can be and then in an order to choose: `patience`.
-// Fibers run in rising, falling or erratic order: `order`. Results must not depend on either. A block in which nothing can
-// go on is a deadlock.
+// Fibers run in rising, falling or erratic order: `order`. Results must not depend on either. A block in which nothing
+// can go on is a deadlock.
 
 #pragma once
 
@@ -129,7 +129,8 @@ struct Exchange {
 inline std::map<unsigned, Exchange> warps;
 inline Exchange whole_block;
 
-inline const std::vector<uint64_t>& exchange(Exchange& group, unsigned size, unsigned member, unsigned call, uint64_t x) {
+inline const std::vector<uint64_t>& exchange(
+    Exchange& group, unsigned size, unsigned member, unsigned call, uint64_t x) {
   const unsigned slot = call % 2, round = call / 2 + 1;
   group.values[slot].resize(size);
   group.values[slot][member] = x;

@@ -9,9 +9,9 @@ extern "C" const char* group_advantage(
   emulator::order = static_cast<emulator::Order>(order);
   const bool wide = wide_integers != 0;
   *num_live = 0;
-  const r4b::Arguments args{rewards, wide_rewards != 0, {group_offsets, wide}, {mode, wide}, {token_offsets, wide}, rows,
-                            groups, tokens, static_cast<r4b::Baseline>(baseline), std != 0, eps, advantage,
-                            token_advantage, live, live_rows, num_live};
+  const r4b::Arguments args{
+      rewards, wide_rewards != 0, {group_offsets, wide}, {mode, wide}, {token_offsets, wide}, rows, groups, tokens,
+      static_cast<r4b::Baseline>(baseline), std != 0, eps, advantage, token_advantage, live, live_rows, num_live};
   const unsigned blocks = groups > 0 ? static_cast<unsigned>(groups) : 1;
   return emulator::launch({blocks, static_cast<unsigned>(shares)}, r4b::kThreads, [&] { r4b::advantages(args); });
 }

@@ -79,6 +79,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool = F
     there b is widened in blocks of its longer side.
     """
     beta = 1.0 if add else 0.0
+    if out.is_meta:
+        return out  # torch 2.11 cannot trace the product into another dtype
     if a.dtype == b.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     if out.device.type != "cpu":

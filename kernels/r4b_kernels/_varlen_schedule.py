@@ -3,14 +3,14 @@
 Built by five small kernels from ``offsets`` and ``parent`` alone, without a wait for the device: the grids depend on T
 and S, which the host knows, and surplus tiles are empty. No kernel is compiled anew when lengths change.
 
-A *run* is a maximal sequence of segments whose rows may share a tile. For queries, those with the same parent: they
-meet the same rectangle of parent keys. For keys, those without children; a segment with children is a run of its own,
-so that all its keys meet the same rectangle of child queries. Tiles are cut within runs: at most T // block + S + 2.
+Tiles are cut within *runs*: at most T // block + runs + 1. For queries a run is a maximal sequence of segments with the
+same parent: its tiles straddle segments, for all meet the same rectangle of parent keys, and short answers fill tiles
+together. For keys every segment is a run: all keys of a tile meet the same queries, its own and its children's.
 
-    stream    | prompt 0        | answer 1 | answer 2  | answer 3 | prompt 4 ...
-    parent      -1                0          0           0          -1
-    queries   [----][----][--]  [----][----][----][----][----][-]  [----]        tiles straddle the answers
-    keys      [----][----][--]  [----][----][----][----][----][-]  [----]        prompts have children: own tiles
+    stream    | prompt 0   | answer 1 | answer 2  | answer 3 | prompt 4 ...
+    parent    | -1         | 0        | 0         | 0        | -1
+    queries   [----][----] [----][----][----][----][----][-] [----]
+    keys      [----][----] [----][---][----][----][----][---] [----]
 
 A malformed layout (offsets that do not start at 0, decrease or pass T; a parent that is not an earlier segment without
 a parent) is detected on the device. Every tile is then BROKEN, and its kernels write NaN: nothing is read or written
@@ -86,16 +86,14 @@ class Schedule:
         return self._cut(block, keys=True)
 
     def _cut(self, block: int, keys: bool) -> Tensor:
-        # Queries and keys are cut in the same way where nothing is shared and both see the same.
-        keys &= self._shared or self.causal
         if (tiles := self._tiles.get((keys, block))) is None:
             tiles = self._tiles[keys, block] = self._make_tiles(block, keys)
         return tiles
 
     def _make_tiles(self, block: int, keys: bool) -> Tensor:
         offsets, segments = self._offsets, self.num_segments
-        # Without parents there is one run, and the padding after it.
-        num_runs = segments + 1 if self._shared else 2
+        # Without parents all queries are one run. The padding is another.
+        num_runs = segments + 1 if self._shared or keys else 2
         slots = self.num_tokens // block + num_runs + 1
         # Of run r: first token, first segment, tiles up to its end. And how many runs there are.
         runs = offsets.new_empty(3, num_runs + 1)
@@ -103,7 +101,6 @@ class Schedule:
         _find_runs[1,](
             offsets,
             self._parent,
-            self._children,
             *runs.unbind(),
             count,
             self.num_tokens,
@@ -195,10 +192,11 @@ def _describe(
         child = live & (owner >= 0) & (owner < index)
         grandparent = tl.load(parent + owner, mask=child, other=-1)
         bad |= live & (owner != -1) & ((~child) | (grandparent != -1))
-        child &= stop > start
-        tl.atomic_max(children + owner, num_tokens - start, mask=child)
+        child &= (stop > start) & ~bad
+        tl.atomic_max(children + owner, num_tokens - tl.where(child, start, 0), mask=child)
         tl.atomic_max(children + num_segments + owner, stop, mask=child)
-        tl.atomic_add(children + 2 * num_segments + owner, stop - start, mask=child)
+        length = tl.where(child, stop, 0) - tl.where(child, start, 0)
+        tl.atomic_add(children + 2 * num_segments + owner, length, mask=child)
     tl.atomic_max(verdict + tl.zeros_like(index), 1, mask=bad)
 
     low = tl.zeros_like(index)
@@ -220,7 +218,6 @@ def _describe(
 def _find_runs(
     offsets,
     parent,
-    children,
     run_start,
     run_segment,
     run_tiles,
@@ -235,28 +232,26 @@ def _find_runs(
     """One program: list the runs, the padding last, and sum up their tiles."""
     lane = tl.arange(0, BLOCK)
     count = tl.zeros([], tl.int32)
-    if SHARED:
+    if SHARED or KEYS:
         for base in range(0, num_segments, BLOCK):
             segment = base + lane
             live = segment < num_segments
-            later = live & (segment > 0)
-            if KEYS:
-                alone = tl.load(children + num_segments + segment, mask=live, other=0) > 0
-                after = tl.load(children + num_segments + segment - 1, mask=later, other=0) > 0
-                first = (segment == 0) | alone | after
-            else:
+            first = live
+            if not KEYS:
                 owner = tl.load(parent + segment, mask=live, other=-1)
-                first = (segment == 0) | (owner != tl.load(parent + segment - 1, mask=later, other=-1))
-            first = (first & live).to(tl.int32)
-            run = count + tl.cumsum(first, 0) - 1
-            tl.store(run_start + run, tl.load(offsets + segment, mask=live, other=0), mask=first > 0)
-            tl.store(run_segment + run, segment, mask=first > 0)
-            count += tl.sum(first, 0)
+                before = tl.load(parent + segment - 1, mask=live & (segment > 0), other=-1)
+                first = live & ((segment == 0) | (owner != before))
+            run = count + tl.cumsum(first.to(tl.int32), 0) - 1
+            # Clamped: a malformed layout gets this far, though no further.
+            start = tl.minimum(tl.maximum(tl.load(offsets + segment, mask=live, other=0), 0), num_tokens)
+            tl.store(run_start + run, start, mask=first)
+            tl.store(run_segment + run, segment, mask=first)
+            count += tl.sum(first.to(tl.int32), 0)
     else:
         tl.store(run_start, 0)
         tl.store(run_segment, 0)
         count += 1
-    tl.store(run_start + count, tl.load(offsets + num_segments))
+    tl.store(run_start + count, tl.minimum(tl.maximum(tl.load(offsets + num_segments), 0), num_tokens))
     tl.store(run_segment + count, num_segments)
     tl.store(run_start + count + 1, num_tokens)
     tl.store(run_count, count + 1)

@@ -11,7 +11,7 @@ that the compiler sees the 16-byte alignment of heads of 72, and copies asynchro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -61,35 +61,38 @@ class Tiles:
     keys: Tile
 
 
-# By bytes of an element and head dim up to: chosen for no spill and wgmma on sm_90a (tests/kernels/aot).
-_TILES = {
-    2: {
-        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        80: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        96: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
-    },
-    4: {
-        64: Tiles(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-        128: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
-        256: Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-    },
+# By head dim up to: chosen for no spill and wgmma on sm_90a (tests/kernels/aot).
+_HALF = {
+    96: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
 }
+_SINGLE = {
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    96: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+_HALF_BIDIRECTIONAL = _HALF | {128: replace(_HALF[128], keys=Tile(128, 32, 8, 2))}
 # Tests set this to small tiles, so that small layouts take every path.
 override: Tiles | None = None
 
 
-def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for a head dim and dtype."""
+def tiles_for(head_dim: int, dtype: torch.dtype, causal: bool) -> Tiles:
+    """The tiles for a head dim of at most 256."""
     if override is not None:
         return override
-    table = _TILES[min(dtype.itemsize, 4)]
+    table = _SINGLE if dtype.itemsize >= 4 else _HALF if causal else _HALF_BIDIRECTIONAL
     return next(tiles for limit, tiles in table.items() if head_dim <= limit)
 
 
-def parts(head_dim: int) -> tuple[int, int]:
-    """A head dim as two powers of two of at least 16, the second possibly 0, that cover it with least waste."""
+def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """A head dim as two powers of two of at least 16, the second possibly 0, that cover it with least waste.
+
+    Products of float32 keep all of their inner dim in registers: there a large one is halved.
+    """
+    if dtype.itemsize >= 4 and head_dim in (128, 256):
+        return head_dim // 2, head_dim // 2
     first = max(16, 1 << (head_dim.bit_length() - 1))
     if head_dim <= first:
         return first, 0
@@ -119,7 +122,7 @@ def forward(
     lse = q.new_empty(tokens, heads, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if tokens == 0:
         return out, lse
-    tile = tiles_for(head_dim, q.dtype).forward
+    tile = tiles_for(head_dim, q.dtype, causal).forward
     schedule = schedule_for(offsets, parent, tokens, causal)
     queries = schedule.queries(tile.rows)
     _forward[queries.shape[0], heads](
@@ -154,7 +157,7 @@ def backward(
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if tokens == 0:
         return grads
-    tiles = tiles_for(head_dim, q.dtype)
+    tiles = tiles_for(head_dim, q.dtype, causal)
     schedule = schedule_for(offsets, parent, tokens, causal)
     # Per head and row, for the second kernel: the log-sum-exp in base 2, and dout . out.
     rows = lse.new_empty(2, heads, tokens)
@@ -186,8 +189,6 @@ def backward(
         grads[2],
         rows,
         keys,
-        schedule.token_start,
-        schedule.token_stop,
         schedule.token_parent,
         tokens,
         GT=grad_out.stride(0),
@@ -204,7 +205,7 @@ def _token_major(x: Tensor) -> Tensor:
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, tile: Tile) -> dict[str, object]:
-    first, second = parts(q.shape[2])
+    first, second = parts(q.shape[2], q.dtype)
     return dict(
         QT=q.stride(0),
         QH=q.stride(1),
@@ -229,14 +230,14 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, tile
 
 @triton.jit
 def _load(
-    base, first, stop, STRIDE: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    base, first, live, STRIDE: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first, first + ROWS) and columns [COLUMN, COLUMN + WIDTH) of [T, D]; 0 past D and, if MASKED, past stop."""
+    """Rows [first, first + ROWS) and columns [COLUMN, COLUMN + WIDTH) of [T, D]; 0 past D and, if MASKED, not live."""
     row, column = tl.arange(0, ROWS)[:, None], COLUMN + tl.arange(0, WIDTH)[None, :]
     pointers = base + first.to(tl.int64) * STRIDE + (row * STRIDE + column)
     if MASKED:
-        mask = first + row < stop
+        mask = live[:, None]
         if COLUMN + WIDTH > D:
             mask = mask & (column < D)
         values = tl.load(pointers, mask=mask, other=0.0)
@@ -256,6 +257,16 @@ def _store(
     row, column = tl.arange(0, ROWS)[:, None], COLUMN + tl.arange(0, WIDTH)[None, :]
     pointers = base + first.to(tl.int64) * STRIDE + (row * STRIDE + column)
     tl.store(pointers, values.to(base.dtype.element_ty), mask=(first + row < stop) & (column < D))
+
+
+@triton.jit
+def _finite(values):
+    """The values with 0 for NaN and infinities, which a product with 0 would keep; and per row 0, or NaN if it had any.
+
+    A block under a mask holds rows that only some of the tile may see: a neighbour's NaN must not reach the others.
+    """
+    zero = values.to(tl.float32) * 0.0
+    return tl.where(zero == 0.0, values, tl.zeros_like(values)), tl.sum(zero, 1)
 
 
 @triton.jit
@@ -304,19 +315,27 @@ def _query_blocks(tile, start, STEPS: tl.constexpr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q0, q1, out0, out1, top, total, k, v, first, stop, low, high, KT: tl.constexpr, VT: tl.constexpr, D: tl.constexpr,
+    q0, q1, out0, out1, top, total, k, v, first, live, low, high, KT: tl.constexpr, VT: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, SCALE: tl.constexpr,
     ACC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the online softmax: its unnormalised output, maximum and sum (base 2)."""
-    k0 = _load(k, first, stop, KT, 0, D0, D, STEPS, MASKED)
-    k1 = k0
+    k0, v0 = _load(k, first, live, KT, 0, D0, D, STEPS, MASKED), _load(v, first, live, VT, 0, D0, D, STEPS, MASKED)
+    k1, v1 = k0, v0
     if D1 > 0:
-        k1 = _load(k, first, stop, KT, D0, D1, D, STEPS, MASKED)
+        k1, v1 = (
+            _load(k, first, live, KT, D0, D1, D, STEPS, MASKED),
+            _load(v, first, live, VT, D0, D1, D, STEPS, MASKED),
+        )
     s = _products(q0, q1, k0, k1, tl.zeros([ROWS, STEPS], ACC), D1)
     if MASKED:
+        v0, spoilt = _finite(v0)
+        if D1 > 0:
+            v1, more = _finite(v1)
+            spoilt += more
         key = (first + tl.arange(0, STEPS))[None, :]
-        s = tl.where((key >= low[:, None]) & (key <= high[:, None]), s * (SCALE * LOG2E), float("-inf"))
+        s = s * (SCALE * LOG2E) + spoilt[None, :]
+        s = tl.where((key >= low[:, None]) & (key <= high[:, None]), s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         # A row may have seen no key yet.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -328,10 +347,8 @@ def _attend(
         p = tl.exp2(s * (SCALE * LOG2E) - shift[:, None])
     shrink = tl.exp2(top - shift)
     total = total * shrink + tl.sum(p, 1)
-    v0 = _load(v, first, stop, VT, 0, D0, D, STEPS, MASKED)
     out0 = tl.dot(p.to(v0.dtype), v0, acc=out0 * shrink[:, None], out_dtype=ACC, input_precision="ieee")
     if D1 > 0:
-        v1 = _load(v, first, stop, VT, D0, D1, D, STEPS, MASKED)
         out1 = tl.dot(p.to(v0.dtype), v1, acc=out1 * shrink[:, None], out_dtype=ACC, input_precision="ieee")
     return out0, out1, higher, total
 
@@ -363,19 +380,19 @@ def _forward(
     low, high = _query_bounds(start, stop, token_start, token_stop, ROWS, CAUSAL)
     far, far_stop, far_full, far_rest, own, own_stop, own_full, own_rest = _query_blocks(tile, start, STEPS, CAUSAL)
 
-    q0 = _load(q, start, stop, QT, 0, D0, D, ROWS, True)
+    q0 = _load(q, start, live, QT, 0, D0, D, ROWS, True)
     q1 = q0
     out0 = tl.zeros([ROWS, D0], ACC)
     out1 = out0
     if D1 > 0:
-        q1 = _load(q, start, stop, QT, D0, D1, D, ROWS, True)
+        q1 = _load(q, start, live, QT, D0, D1, D, ROWS, True)
         out1 = tl.zeros([ROWS, D1], ACC)
     top = tl.full([ROWS], float("-inf"), ACC)
     total = tl.zeros([ROWS], ACC)
     for j in range(0, far_full + own_full):
         first = tl.where(j < far_full, far + j * STEPS, own + (j - far_full) * STEPS)
         out0, out1, top, total = _attend(
-            q0, q1, out0, out1, top, total, k, v, first, far_stop, low, high,
+            q0, q1, out0, out1, top, total, k, v, first, live, low, high,
             KT, VT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=False,
         )  # fmt: skip
     for j in range(0, far_rest + own_rest):
@@ -383,7 +400,7 @@ def _forward(
         first = tl.where(in_far, far + far_full * STEPS, own + (own_full + j - far_rest) * STEPS)
         end = tl.where(in_far, far_stop, own_stop)
         out0, out1, top, total = _attend(
-            q0, q1, out0, out1, top, total, k, v, first, end,
+            q0, q1, out0, out1, top, total, k, v, first, tl.arange(0, STEPS) < end - first,
             tl.where(in_far, 0, low), tl.where(in_far, far_stop - 1, high),
             KT, VT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=True,
         )  # fmt: skip
@@ -395,22 +412,25 @@ def _forward(
 
 @triton.jit
 def _descend(
-    q0, q1, g0, g1, lse2, delta, grad0, grad1, k, v, first, stop, low, high, KT: tl.constexpr, VT: tl.constexpr,
+    q0, q1, g0, g1, lse2, delta, grad0, grad1, k, v, first, live, low, high, KT: tl.constexpr, VT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, SCALE: tl.constexpr,
     ACC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the gradient of a tile of queries (but for the factor ``scale``)."""
-    k0 = _load(k, first, stop, KT, 0, D0, D, STEPS, MASKED)
-    v0 = _load(v, first, stop, VT, 0, D0, D, STEPS, MASKED)
+    k0 = _load(k, first, live, KT, 0, D0, D, STEPS, MASKED)
+    v0 = _load(v, first, live, VT, 0, D0, D, STEPS, MASKED)
     k1, v1 = k0, v0
     if D1 > 0:
-        k1 = _load(k, first, stop, KT, D0, D1, D, STEPS, MASKED)
-        v1 = _load(v, first, stop, VT, D0, D1, D, STEPS, MASKED)
+        k1 = _load(k, first, live, KT, D0, D1, D, STEPS, MASKED)
+        v1 = _load(v, first, live, VT, D0, D1, D, STEPS, MASKED)
     p = tl.exp2(_products(q0, q1, k0, k1, tl.zeros([ROWS, STEPS], ACC), D1) * (SCALE * LOG2E) - lse2[:, None])
     ds = p * (_products(g0, g1, v0, v1, tl.zeros([ROWS, STEPS], ACC), D1) - delta[:, None])
     if MASKED:
         key = (first + tl.arange(0, STEPS))[None, :]
         ds = tl.where((key >= low[:, None]) & (key <= high[:, None]), ds, 0.0)
+        k0, _ = _finite(k0)
+        if D1 > 0:
+            k1, _ = _finite(k1)
     ds = ds.to(k0.dtype)
     grad0 = tl.dot(ds, k0, acc=grad0, out_dtype=ACC, input_precision="ieee")
     if D1 > 0:
@@ -440,22 +460,22 @@ def _backward_queries(
     out += head * D
     k += head // (HEADS // KV_HEADS) * KH
     v += head // (HEADS // KV_HEADS) * VH
+    row = tl.arange(0, ROWS)
+    live = start + row < stop
     low, high = _query_bounds(start, stop, token_start, token_stop, ROWS, CAUSAL)
     far, far_stop, far_full, far_rest, own, own_stop, own_full, own_rest = _query_blocks(tile, start, STEPS, CAUSAL)
 
-    q0 = _load(q, start, stop, QT, 0, D0, D, ROWS, True)
-    g0 = _load(grad_out, start, stop, GT, 0, D0, D, ROWS, True)
-    delta = tl.sum(g0.to(ACC) * _load(out, start, stop, HEADS * D, 0, D0, D, ROWS, True).to(ACC), 1)
+    q0 = _load(q, start, live, QT, 0, D0, D, ROWS, True)
+    g0 = _load(grad_out, start, live, GT, 0, D0, D, ROWS, True)
+    delta = tl.sum(g0.to(ACC) * _load(out, start, live, HEADS * D, 0, D0, D, ROWS, True).to(ACC), 1)
     q1, g1 = q0, g0
     grad0 = tl.zeros([ROWS, D0], ACC)
     grad1 = grad0
     if D1 > 0:
-        q1 = _load(q, start, stop, QT, D0, D1, D, ROWS, True)
-        g1 = _load(grad_out, start, stop, GT, D0, D1, D, ROWS, True)
-        delta += tl.sum(g1.to(ACC) * _load(out, start, stop, HEADS * D, D0, D1, D, ROWS, True).to(ACC), 1)
+        q1 = _load(q, start, live, QT, D0, D1, D, ROWS, True)
+        g1 = _load(grad_out, start, live, GT, D0, D1, D, ROWS, True)
+        delta += tl.sum(g1.to(ACC) * _load(out, start, live, HEADS * D, D0, D1, D, ROWS, True).to(ACC), 1)
         grad1 = tl.zeros([ROWS, D1], ACC)
-    row = tl.arange(0, ROWS)
-    live = start + row < stop
     lse2 = tl.load(lse + start.to(tl.int64) * HEADS + row * HEADS + head, mask=live, other=0.0) * LOG2E
     rows += head.to(tl.int64) * num_tokens + start
     tl.store(rows + row, lse2, mask=live)
@@ -463,7 +483,7 @@ def _backward_queries(
     for j in range(0, far_full + own_full):
         first = tl.where(j < far_full, far + j * STEPS, own + (j - far_full) * STEPS)
         grad0, grad1 = _descend(
-            q0, q1, g0, g1, lse2, delta, grad0, grad1, k, v, first, far_stop, low, high,
+            q0, q1, g0, g1, lse2, delta, grad0, grad1, k, v, first, live, low, high,
             KT, VT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=False,
         )  # fmt: skip
     for j in range(0, far_rest + own_rest):
@@ -471,7 +491,7 @@ def _backward_queries(
         first = tl.where(in_far, far + far_full * STEPS, own + (own_full + j - far_rest) * STEPS)
         end = tl.where(in_far, far_stop, own_stop)
         grad0, grad1 = _descend(
-            q0, q1, g0, g1, lse2, delta, grad0, grad1, k, v, first, end,
+            q0, q1, g0, g1, lse2, delta, grad0, grad1, k, v, first, tl.arange(0, STEPS) < end - first,
             tl.where(in_far, 0, low), tl.where(in_far, far_stop - 1, high),
             KT, VT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=True,
         )  # fmt: skip
@@ -482,24 +502,30 @@ def _backward_queries(
 
 @triton.jit
 def _collect(
-    k0, k1, v0, v1, dk0, dk1, dv0, dv1, q, grad_out, lse2, delta, first, stop, low, high,
+    k0, k1, v0, v1, dk0, dk1, dv0, dv1, q, grad_out, lse2, delta, first, live, first_row,
     QT: tl.constexpr, GT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr,
+    STEPS: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr, CROSSING: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries into the gradients of a tile of keys and values (dk but for the factor ``scale``)."""
-    q0 = _load(q, first, stop, QT, 0, D0, D, STEPS, MASKED)
-    g0 = _load(grad_out, first, stop, GT, 0, D0, D, STEPS, MASKED)
+    """One block of queries into the gradients of a tile of keys and values (dk but for the factor ``scale``).
+
+    If CROSSING, the key of a row is seen from ``first_row`` on.
+    """
+    q0 = _load(q, first, live, QT, 0, D0, D, STEPS, MASKED)
+    g0 = _load(grad_out, first, live, GT, 0, D0, D, STEPS, MASKED)
     q1, g1 = q0, g0
     if D1 > 0:
-        q1 = _load(q, first, stop, QT, D0, D1, D, STEPS, MASKED)
-        g1 = _load(grad_out, first, stop, GT, D0, D1, D, STEPS, MASKED)
-    # Transposed, keys along the rows, so that p and ds are the left operands of the last products. The product with v
-    # starts from -delta: a register less per score.
-    p = tl.exp2(_products(k0, k1, q0, q1, tl.zeros([ROWS, STEPS], ACC), D1) * (SCALE * LOG2E) - lse2[None, :])
+        q1 = _load(q, first, live, QT, D0, D1, D, STEPS, MASKED)
+        g1 = _load(grad_out, first, live, GT, D0, D1, D, STEPS, MASKED)
+    # Transposed, keys along the rows, so that p and ds are the left operands of the last products. Where the products
+    # start from -delta (and from the log-sum-exp under a mask), the registers do not spill.
+    if MASKED and SCALE != 0:
+        lse = lse2 * (1.0 / (SCALE * LOG2E))
+        p = tl.exp2(_products(k0, k1, q0, q1, tl.zeros([ROWS, STEPS], ACC) - lse[None, :], D1) * (SCALE * LOG2E))
+    else:
+        p = tl.exp2(_products(k0, k1, q0, q1, tl.zeros([ROWS, STEPS], ACC), D1) * (SCALE * LOG2E) - lse2[None, :])
     ds = p * _products(v0, v1, g0, g1, tl.zeros([ROWS, STEPS], ACC) - delta[None, :], D1)
-    if MASKED:
-        row = (first + tl.arange(0, STEPS))[None, :]
-        seen = (row >= low[:, None]) & (row < high[:, None])
+    if CROSSING:
+        seen = tl.arange(0, STEPS)[None, :] >= (first_row - first)[:, None]
         p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
     p, ds = p.to(g0.dtype), ds.to(q0.dtype)
     dv0 = tl.dot(p, g0, acc=dv0, out_dtype=ACC, input_precision="ieee")
@@ -512,7 +538,7 @@ def _collect(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _backward_keys(
-    grad_out, q, k, v, grad_k, grad_v, rows, tiles, token_start, token_stop, token_parent, num_tokens,
+    grad_out, q, k, v, grad_k, grad_v, rows, tiles, token_parent, num_tokens,
     GT: tl.constexpr, GH: tl.constexpr,
     QT: tl.constexpr, QH: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, VT: tl.constexpr, VH: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -540,28 +566,25 @@ def _backward_keys(
     far, far_stop = tl.load(tile + FAR), tl.load(tile + FAR_STOP)
     own, own_stop = tl.load(tile + OWN), tl.load(tile + OWN_STOP)
     segment = tl.load(tile + SEGMENT)
-    # Blocks of queries: the far ones; then the own ones, of which the first want a mask where they cross the diagonal
-    # or the tile straddles, the next none, and the last may be ragged.
+    # Blocks of queries: the far ones; then the own ones, of which the first cross the diagonal, the next do not, and
+    # the last may be ragged.
     far_full = tl.where((flags & SCATTERED) != 0, 0, (far_stop - far) // STEPS)
     far_rest = (far_stop - far + STEPS - 1) // STEPS - far_full
     own_blocks = (own_stop - own + STEPS - 1) // STEPS
     crossing = tl.minimum((ROWS + STEPS - 1) // STEPS if CAUSAL else 0, own_blocks)
-    crossing = tl.where((flags & STRADDLES) != 0, own_blocks, crossing)
     own_full = tl.maximum((own_stop - own) // STEPS - crossing, 0)
     full, rest = far_full + own_full, far_rest + own_blocks - own_full
 
-    # The queries of its own segment that see a key.
     key = start + tl.arange(0, ROWS)
-    high = tl.load(token_stop + key, mask=key < stop, other=0)
-    low = key if CAUSAL else tl.load(token_start + key, mask=key < stop, other=0)
-    k0 = _load(k, start, stop, KT, 0, D0, D, ROWS, True)
-    v0 = _load(v, start, stop, VT, 0, D0, D, ROWS, True)
+    mine = key < stop
+    k0 = _load(k, start, mine, KT, 0, D0, D, ROWS, True)
+    v0 = _load(v, start, mine, VT, 0, D0, D, ROWS, True)
     k1, v1 = k0, v0
     dk0, dv0 = tl.zeros([ROWS, D0], ACC), tl.zeros([ROWS, D0], ACC)
     dk1, dv1 = dk0, dv0
     if D1 > 0:
-        k1 = _load(k, start, stop, KT, D0, D1, D, ROWS, True)
-        v1 = _load(v, start, stop, VT, D0, D1, D, ROWS, True)
+        k1 = _load(k, start, mine, KT, D0, D1, D, ROWS, True)
+        v1 = _load(v, start, mine, VT, D0, D1, D, ROWS, True)
         dk1, dv1 = tl.zeros([ROWS, D1], ACC), tl.zeros([ROWS, D1], ACC)
     for j in range(0, GROUP * full):
         head, block = j // full, j % full
@@ -570,8 +593,8 @@ def _backward_keys(
         column = tl.arange(0, STEPS)
         dk0, dk1, dv0, dv1 = _collect(
             k0, k1, v0, v1, dk0, dk1, dv0, dv1, q + head * QH, grad_out + head * GH,
-            tl.load(lse2 + at + column), tl.load(delta + at + column), first, own_stop, low, high,
-            QT, GT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=False,
+            tl.load(lse2 + at + column), tl.load(delta + at + column), first, column < STEPS, key,
+            QT, GT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=False, CROSSING=False,
         )  # fmt: skip
     for j in range(0, GROUP * rest):
         head, block = j // rest, j % rest
@@ -584,7 +607,7 @@ def _backward_keys(
         )
         end = tl.where(in_far, far_stop, own_stop)
         column = tl.arange(0, STEPS)
-        # What lies between the children of a parent does not see it: exp2(s - inf) = 0.
+        # Rows past the end, and rows between the children of a parent, see nothing: exp2(0 - inf) = 0.
         scattered = in_far & ((flags & SCATTERED) != 0)
         live = column < end - first
         live &= tl.load(token_parent + first + column, mask=live & scattered, other=segment) == segment
@@ -592,9 +615,9 @@ def _backward_keys(
         dk0, dk1, dv0, dv1 = _collect(
             k0, k1, v0, v1, dk0, dk1, dv0, dv1, q + head * QH, grad_out + head * GH,
             tl.load(lse2 + at + column, mask=live, other=float("inf")),
-            tl.load(delta + at + column, mask=live, other=0.0), first, end,
-            tl.where(in_far, 0, low), tl.where(in_far, far_stop, high),
-            QT, GT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=True,
+            tl.load(delta + at + column, mask=live, other=0.0), first, live,
+            tl.where(in_far, 0, key),
+            QT, GT, D, D0, D1, ROWS, STEPS, SCALE, ACC, MASKED=True, CROSSING=CAUSAL,
         )  # fmt: skip
     _store(grad_k, dk0 * SCALE, start, stop, KV_HEADS * D, 0, D0, D, ROWS)
     _store(grad_v, dv0, start, stop, KV_HEADS * D, 0, D0, D, ROWS)

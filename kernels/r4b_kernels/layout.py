@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,10 +21,42 @@ class PrefixLayout:
     Attributes:
         offsets: int32 [S+1], non-decreasing, ``offsets[0] == 0``. Segment s is ``[offsets[s], offsets[s+1])``.
         parent: int32 [S], index of the segment whose tokens come before mine, or -1. All -1 is plain varlen packing.
+
+    Raises:
+        ValueError: if the tensors are on the CPU and break a rule; says which entry, its value and the rule. The values
+            of tensors on a device are not waited for: where they break a rule, attention over them is NaN everywhere,
+            and ``check()`` says why.
     """
 
     offsets: Tensor
     parent: Tensor
+
+    def __post_init__(self) -> None:
+        # Tensors under a trace (fake, functional) have no values to look at.
+        plain = type(self.offsets) is Tensor and type(self.parent) is Tensor and not torch.compiler.is_compiling()
+        if plain and self.offsets.device.type == "cpu" and self.parent.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Look at every entry, which waits for the device.
+
+        Raises:
+            ValueError: if an entry breaks a rule of the layout; names it.
+        """
+        for name, tensor in (("offsets", self.offsets), ("parent", self.parent)):
+            if tensor.dtype != torch.int32 or tensor.dim() != 1:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}: expected int32 with one dimension")
+        if self.offsets.numel() != self.parent.numel() + 1:
+            raise ValueError(
+                f"offsets has {self.offsets.numel()} entries for {self.parent.numel()} of parent: expected one more"
+            )
+        offsets, parents = self.offsets.tolist(), self.parent.tolist()
+        if offsets[0] != 0:
+            raise ValueError(f"offsets[0] = {offsets[0]}: the first segment must start at 0")
+        for segment, (start, stop) in enumerate(pairwise(offsets)):
+            if stop < start:
+                raise ValueError(f"offsets[{segment + 1}] = {stop} after {start}: offsets must never decrease")
+        _check_parents("parent", parents)
 
     @staticmethod
     def from_lengths(
@@ -38,15 +71,12 @@ class PrefixLayout:
         if len(parents) != len(lengths):
             raise ValueError(f"parents has {len(parents)} entries for {len(lengths)} lengths: give one per segment")
         offsets = [0]
-        for segment, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+        for segment, length in enumerate(lengths):
             if length < 0:
                 raise ValueError(f"lengths[{segment}] = {length}: a segment's length cannot be negative")
-            if parent != -1 and not (0 <= parent < segment and parents[parent] == -1):
-                raise ValueError(
-                    f"parents[{segment}] = {parent}: a parent must be an earlier segment that has no parent itself"
-                )
             offsets.append(offsets[-1] + length)
-        return PrefixLayout(
+        _check_parents("parents", parents)
+        return _trusted(
             torch.tensor(offsets, dtype=torch.int32, device=device),
             torch.tensor(parents, dtype=torch.int32, device=device),
         )
@@ -60,7 +90,7 @@ class PrefixLayout:
         return self.offsets.device
 
     def to(self, device: torch.device | str) -> PrefixLayout:
-        return PrefixLayout(self.offsets.to(device), self.parent.to(device))
+        return _trusted(self.offsets.to(device), self.parent.to(device))
 
     def lengths(self) -> list[int]:
         """Segment lengths on the host (a device sync on a GPU: for tests and the CPU only)."""
@@ -76,3 +106,19 @@ class PrefixLayout:
             if parent >= 0:
                 mask[start:stop, offsets[parent] : offsets[parent + 1]] = True
         return mask.to(self.device)
+
+
+def _check_parents(name: str, parents: Sequence[int]) -> None:
+    for segment, parent in enumerate(parents):
+        if parent != -1 and not (0 <= parent < segment and parents[parent] == -1):
+            raise ValueError(
+                f"{name}[{segment}] = {parent}: a parent must be an earlier segment that has no parent itself"
+            )
+
+
+def _trusted(offsets: Tensor, parent: Tensor) -> PrefixLayout:
+    """A layout whose values were checked before."""
+    layout = object.__new__(PrefixLayout)
+    object.__setattr__(layout, "offsets", offsets)
+    object.__setattr__(layout, "parent", parent)
+    return layout

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import r4b_kernels
@@ -59,6 +61,27 @@ def test_backends_are_the_dense_masked_softmax(name: str, backend: str) -> None:
     mine, truth = run(layout, inputs, backend), dense(layout, inputs)
     for key, value in truth.items():
         torch.testing.assert_close(mine[key][:total], value, rtol=0, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+        assert (mine[key][total:] == (float("-inf") if key == "lse" else 0)).all(), f"{key}: tail"
+
+
+@st.composite
+def layouts(draw: st.DrawFn, segments: int, length: int) -> PrefixLayout:
+    """Any lengths, any parents: children may be apart, among other segments, or of an empty parent."""
+    lengths = draw(st.lists(st.integers(0, length), max_size=segments))
+    parents: list[int] = []
+    for _ in lengths:
+        parents.append(draw(st.sampled_from([-1, *(i for i, parent in enumerate(parents) if parent == -1)])))
+    return PrefixLayout.from_lengths(lengths, parents)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(layout=layouts(9, 20), heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]), tail=st.integers(0, 4))
+def test_any_layout_is_the_dense_masked_softmax(layout: PrefixLayout, heads: tuple[int, int], tail: int) -> None:
+    total = int(layout.offsets[-1])
+    inputs = tensors(total + tail, torch.float64, *heads)
+    mine, truth = run(layout, inputs, "cpu"), dense(layout, inputs)
+    for key, value in truth.items():
+        torch.testing.assert_close(mine[key][:total], value, rtol=0, atol=1e-12)
         assert (mine[key][total:] == (float("-inf") if key == "lse" else 0)).all(), f"{key}: tail"
 
 
@@ -239,13 +262,6 @@ def test_an_unknown_backend_names_what_exists() -> None:
         ({name: torch.zeros(8, 2, 8, dtype=torch.int32) for name in "qkv"}, "floating"),
         ({"layout": PrefixLayout.from_lengths([9])}, "covers 9 tokens but q has 8"),
         ({"layout": PrefixLayout.from_lengths([8], device="meta")}, r"layout.to\(q.device\)"),
-        ({"layout": PrefixLayout(torch.tensor([0, 8]), torch.tensor([-1]))}, "expected int32"),
-        ({"layout": PrefixLayout(torch.tensor([0]).int(), torch.tensor([-1]).int())}, r"layout.offsets .*\[2\]"),
-        ({"layout": PrefixLayout(torch.tensor([0, 5, 3]).int(), torch.tensor([-1, -1]).int())}, "never decrease"),
-        (
-            {"layout": PrefixLayout(torch.tensor([0, 5, 8]).int(), torch.tensor([-1, 1]).int())},
-            r"layout.parent\[1\] = 1",
-        ),
     ],
 )
 def test_user_errors(change: dict, message: str) -> None:
@@ -253,6 +269,56 @@ def test_user_errors(change: dict, message: str) -> None:
     arguments = {**good, "layout": PrefixLayout.from_lengths([8]), **change}
     with pytest.raises(ValueError, match=message):
         prefix_attention(**arguments)
+
+
+INT32 = torch.int32
+MALFORMED = [
+    ([0, 5, 3], [-1, -1], r"offsets\[2\] = 3 after 5: .* never decrease", "never decrease"),
+    ([1, 5, 8], [-1, -1], r"offsets\[0\] = 1: .* start at 0", "start at 0"),
+    ([0, 5, 8], [-1, 1], r"parent\[1\] = 1: a parent must be an earlier", r"layout.parent\[1\] = 1"),
+    ([0, 2, 5, 8], [-1, 0, 1], r"parent\[2\] = 1: .* no parent itself", r"layout.parent\[2\] = 1"),
+    ([0, 5, 8], [-1, -2], r"parent\[1\] = -2", r"layout.parent\[1\] = -2"),
+]
+
+
+@pytest.mark.parametrize(("offsets", "parent", "message", "_"), MALFORMED)
+def test_a_malformed_layout_is_refused_when_it_is_made(offsets: list, parent: list, message: str, _: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout(torch.tensor(offsets, dtype=INT32), torch.tensor(parent, dtype=INT32))
+
+
+@pytest.mark.parametrize(("offsets", "parent", "_", "message"), MALFORMED)
+def test_the_bare_op_refuses_it_too(offsets: list, parent: list, _: str, message: str) -> None:
+    q = torch.zeros(8, 1, 8)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.r4b_kernels.prefix_attention(
+            q, q, q, torch.tensor(offsets, dtype=INT32), torch.tensor(parent, dtype=INT32), 1.0, "cpu"
+        )
+
+
+@pytest.mark.parametrize(
+    ("offsets", "parent", "message"),
+    [
+        (torch.tensor([0, 8]), torch.tensor([-1]), "offsets is torch.int64 .*int32"),
+        (torch.zeros(1, dtype=INT32), torch.tensor([-1], dtype=INT32), "offsets has 1 entries for 1 of parent"),
+        (torch.zeros(2, 1, dtype=INT32), torch.tensor([-1], dtype=INT32), "one dimension"),
+    ],
+)
+def test_a_layout_of_the_wrong_form_is_refused(offsets: Tensor, parent: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout(offsets, parent)
+
+
+def test_values_on_a_device_are_looked_at_on_demand_alone() -> None:
+    """Making a layout, or moving one, waits for no device; ``check`` does."""
+    elsewhere = PrefixLayout.from_lengths([3, 4], [-1, 0]).to("meta")
+    assert PrefixLayout(elsewhere.offsets, elsewhere.parent).num_segments == 2
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        elsewhere.check()
+    layout = PrefixLayout.from_lengths([3, 4], [-1, 0])
+    layout.offsets[1] = 9
+    with pytest.raises(ValueError, match="never decrease"):
+        layout.check()
 
 
 def test_reference_is_differentiable_by_autograd() -> None:

@@ -6,29 +6,45 @@ import pytest
 import torch
 
 from r4b_kernels.prefix_attention.triton import Backend
-from tests.kernels.aot.record import meta
+from tests.kernels.aot.record import Resources, meta
 
 SCHEDULE = {"_describe", "_find_runs", "_cut_runs", "_order"}
 TOKENS, SEGMENTS = 17056, 17
 
 
-def launch(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    q, k, v, grad = (meta(TOKENS, n, head_dim, dtype=dtype) for n in (heads, kv_heads, kv_heads, heads))
+def slow(*values: int) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def compiled(recording, head_dim: int, dtype: torch.dtype) -> list[Resources]:
+    """Forward and backward of 32 heads that share 8, on shapes alone; the schedule's kernels are checked here."""
+    q, k, v, grad = (meta(TOKENS, heads, head_dim, dtype=dtype) for heads in (32, 8, 8, 32))
     offsets, parent = meta(SEGMENTS + 1, dtype=torch.int32), meta(SEGMENTS, dtype=torch.int32)
-    lse = meta(TOKENS, heads, dtype=torch.float32)
-    Backend.forward(q, k, v, offsets, parent, head_dim**-0.5)
-    Backend.backward(grad, q, k, v, q, lse, offsets, parent, head_dim**-0.5)
-
-
-@pytest.mark.parametrize("head_dim", [128, *(pytest.param(d, marks=pytest.mark.slow) for d in (32, 64, 72, 80, 96, 256))])
-def test_bfloat16(head_dim: int, recording) -> None:
     with recording() as kernels:
-        launch(head_dim, 32, 8, torch.bfloat16)
-    seen = {kernel.kernel for kernel in kernels}
-    assert seen == SCHEDULE | {"_forward", "_backward_queries", "_backward_keys"}
+        Backend.forward(q, k, v, offsets, parent, head_dim**-0.5)
+        Backend.backward(grad, q, k, v, q, meta(TOKENS, 32, dtype=torch.float32), offsets, parent, head_dim**-0.5)
     for kernel in kernels:
-        # At D = 256 the keys' kernel holds 32 rows: wgmma wants 64.
-        if kernel.kernel in SCHEDULE or (head_dim == 256 and kernel.kernel == "_backward_keys"):
-            kernel.assert_sound()
-        else:
+        kernel.assert_sound()
+    assert {kernel.kernel for kernel in kernels} == SCHEDULE | {"_forward", "_backward_queries", "_backward_keys"}
+    return [kernel for kernel in kernels if kernel.kernel not in SCHEDULE]
+
+
+@pytest.mark.parametrize("head_dim", [128, *slow(32, 64, 72, 80, 96, 256)])
+def test_bfloat16(head_dim: int, recording) -> None:
+    for kernel in compiled(recording, head_dim, torch.bfloat16):
+        # At D = 256 the keys' kernel holds 32 rows, for two accumulators of 64 would not fit: wgmma wants 64.
+        if (head_dim, kernel.kernel) != (256, "_backward_keys"):
             kernel.assert_fast_matrices()
+
+
+@pytest.mark.slow
+def test_float16(recording) -> None:
+    for kernel in compiled(recording, 128, torch.float16):
+        kernel.assert_fast_matrices()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 128, 256])
+def test_float32(head_dim: int, recording) -> None:
+    """Exact products, on the float32 units."""
+    assert all(kernel.hgmma == kernel.hmma == 0 for kernel in compiled(recording, head_dim, torch.float32))

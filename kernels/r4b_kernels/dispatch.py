@@ -95,7 +95,8 @@ def resolve(op: str, device: torch.device, backend: str | None, *inputs: Tensor)
     """The implementation of ``op`` for ``inputs`` on a device; ``backend`` asks for one by name.
 
     Without a name it is the op's choice for the device. If that one refuses the inputs, the next that takes them
-    serves, and a warning says so once for each reason.
+    serves, and a warning says so once for each reason. On a GPU that is not the current one, it runs with that GPU as
+    the current one: Triton launches there, wherever its arguments are.
 
     Raises:
         BackendError: if the named backend does not exist or cannot serve the input; says why and what can.
@@ -109,7 +110,7 @@ def resolve(op: str, device: torch.device, backend: str | None, *inputs: Tensor)
         implementation = backends[name].load()
         refuses = getattr(implementation, "refuses", None)
         if refuses is None or (reason := refuses(*inputs)) is None:
-            return implementation
+            return _on(device, implementation)
     others = [other for other in backends if other != name and _why_not(op, other, device, inputs) is None]
     if backend is not None or not others:
         able = ", ".join(others) or "none"
@@ -117,7 +118,27 @@ def resolve(op: str, device: torch.device, backend: str | None, *inputs: Tensor)
     if (op, name, reason) not in _REFUSED:
         _REFUSED.add((op, name, reason))
         logger.warning("%s on %s: %s instead of %s: %s", op, device.type, others[0], name, reason)
-    return backends[others[0]].load()
+    return _on(device, backends[others[0]].load())
+
+
+class _Elsewhere:
+    """An implementation whose functions run with ``device`` as the current GPU."""
+
+    def __init__(self, device: torch.device, implementation: Any) -> None:
+        self._device, self._implementation = device, implementation
+
+    def __call__(self, *inputs: Any) -> Any:
+        with torch.cuda.device(self._device):
+            return self._implementation(*inputs)
+
+    def __getattr__(self, name: str) -> _Elsewhere:
+        return _Elsewhere(self._device, getattr(self._implementation, name))
+
+
+def _on(device: torch.device, implementation: Any) -> Any:
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return implementation
+    return _Elsewhere(device, implementation)
 
 
 def _why_not(op: str, name: str, device: torch.device, inputs: tuple[Tensor, ...]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -59,6 +60,34 @@ def test_a_named_backend_that_cannot_is_an_error_that_says_what_can(op: str) -> 
         dispatch.resolve(op, CPU, "picky", torch.zeros(1, dtype=torch.float64))
     with pytest.raises(BackendError, match="'fast' does not exist; there are gpu, picky, willing"):
         dispatch.resolve(op, CPU, "fast", torch.zeros(1))
+
+
+def test_on_another_gpu_than_the_current_one_it_is_made_current(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU: with two of them, an input on the other would be read from the wrong one."""
+    current = [0]
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    class Launcher:
+        @staticmethod
+        def forward(x: Tensor) -> tuple[Tensor, int]:
+            return x, current[-1]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    dispatch.register(op, "launcher", Launcher)
+    dispatch.register(op, "function", Launcher.forward)
+    x = torch.zeros(1)
+    for index in (0, 1):
+        on = torch.device("cuda", index)
+        assert dispatch.resolve(op, on, "launcher", x).forward(x) == (x, index)
+        assert dispatch.resolve(op, on, "function", x)(x) == (x, index)
+        assert current == [0]
+    assert dispatch.resolve(op, torch.device("cuda", 0), "launcher", x) is Launcher
 
 
 def test_nothing_that_can_is_an_error() -> None:

@@ -12,7 +12,7 @@ import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a CUDA device are skipped, by name, where there is none; Triton's interpreter stands in for one."""
+    """Tests that need a CUDA device are skipped, by name, where neither it nor Triton's interpreter is there."""
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return
     for item in items:

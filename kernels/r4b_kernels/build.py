@@ -160,8 +160,8 @@ def _compile(kind: str, target: Path, jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda pair: compile_unit(*pair), units))
-    # libtorch.so brings libtorch_cuda in where there is one; nothing of ours names it, hence --no-as-needed. Some builds
-    # of torch export parts of the C++ library: the system's own comes first.
+    # libtorch.so brings libtorch_cuda in where there is one; nothing of ours names it, hence --no-as-needed. Some
+    # builds of torch export parts of the C++ library: the system's own comes first.
     libraries = ["-lstdc++", f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
     if kind == "cpu":
         link = ["-shared", "-Wl,--no-as-needed", *libraries]

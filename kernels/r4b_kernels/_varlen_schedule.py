@@ -60,7 +60,7 @@ class Schedule:
         # 0 is neutral: T - first child's start, last child's stop, the children's tokens; then the verdict.
         zeros = offsets.new_zeros((3 * self.num_segments if self._shared else 0) + 1)
         self._verdict, self._children = zeros[:1], zeros[1:]
-        self.token_start, self.token_stop, self.token_parent = offsets.new_empty(3, num_tokens).unbind()
+        self.token_start, self.token_stop, self.token_parent = _rows(offsets, num_tokens)
         _describe[triton.cdiv(max(num_tokens, self.num_segments + 1), _BLOCK),](
             self._offsets,
             self._parent,
@@ -96,12 +96,12 @@ class Schedule:
         num_runs = segments + 1 if self._shared or keys else 2
         slots = self.num_tokens // block + num_runs + 1
         # Of run r: first token, first segment, tiles up to its end. And how many runs there are.
-        runs = offsets.new_empty(3, num_runs + 1)
+        runs = _rows(offsets, num_runs + 1)
         count = offsets.new_empty(1)
         _find_runs[1,](
             offsets,
             self._parent,
-            *runs.unbind(),
+            *runs,
             count,
             self.num_tokens,
             segments,
@@ -118,7 +118,7 @@ class Schedule:
             self._verdict,
             self.token_start,
             self.token_stop,
-            *runs.unbind(),
+            *runs,
             count,
             tiles,
             cost,
@@ -135,6 +135,11 @@ class Schedule:
         ordered = torch.empty_like(tiles)
         _order[triton.cdiv(slots, _RANKS),](tiles, cost, ordered, slots, BLOCK=_RANKS)
         return ordered
+
+
+def _rows(like: Tensor, length: int) -> tuple[Tensor, ...]:
+    """Memory for three rows. Each starts at 16 bytes: else kernels would be compiled anew for odd lengths."""
+    return like.new_empty(3, triton.cdiv(length, 4) * 4).unbind()
 
 
 # Of every offsets tensor alive: by T, causality and stream, the parent tensor, the versions and the schedule.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from r4b_kernels import _varlen_schedule, _varlen_triton
 from r4b_kernels.prefix_attention.triton import Backend
+from tests.kernels.aot import record
 from tests.kernels.aot.record import Resources, meta
 
 SCHEDULE = {"_describe", "_find_runs", "_cut_runs", "_order"}
+ATTENTION = {"_forward", "_backward_queries", "_backward_keys"}
 TOKENS, SEGMENTS = 17056, 17
 
 
@@ -16,16 +19,21 @@ def slow(*values: int) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def launch(tokens: int, segments: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Forward and backward of 32 heads that share 8, on shapes alone."""
+    q, k, v, grad = (meta(tokens, heads, head_dim, dtype=dtype) for heads in (32, 8, 8, 32))
+    offsets, parent = meta(segments + 1, dtype=torch.int32), meta(segments, dtype=torch.int32)
+    Backend.forward(q, k, v, offsets, parent, head_dim**-0.5)
+    Backend.backward(grad, q, k, v, q, meta(tokens, 32, dtype=torch.float32), offsets, parent, head_dim**-0.5)
+
+
 def compiled(recording, head_dim: int, dtype: torch.dtype) -> list[Resources]:
-    """Forward and backward of 32 heads that share 8, on shapes alone; the schedule's kernels are checked here."""
-    q, k, v, grad = (meta(TOKENS, heads, head_dim, dtype=dtype) for heads in (32, 8, 8, 32))
-    offsets, parent = meta(SEGMENTS + 1, dtype=torch.int32), meta(SEGMENTS, dtype=torch.int32)
+    """The three kernels of attention; the schedule's are checked here."""
     with recording() as kernels:
-        Backend.forward(q, k, v, offsets, parent, head_dim**-0.5)
-        Backend.backward(grad, q, k, v, q, meta(TOKENS, 32, dtype=torch.float32), offsets, parent, head_dim**-0.5)
+        launch(TOKENS, SEGMENTS, head_dim, dtype)
     for kernel in kernels:
         kernel.assert_sound()
-    assert {kernel.kernel for kernel in kernels} == SCHEDULE | {"_forward", "_backward_queries", "_backward_keys"}
+    assert {kernel.kernel for kernel in kernels} == SCHEDULE | ATTENTION
     return [kernel for kernel in kernels if kernel.kernel not in SCHEDULE]
 
 
@@ -35,6 +43,20 @@ def test_bfloat16(head_dim: int, recording) -> None:
         # At D = 256 the keys' kernel holds 32 rows, for two accumulators of 64 would not fit: wgmma wants 64.
         if (head_dim, kernel.kernel) != (256, "_backward_keys"):
             kernel.assert_fast_matrices()
+
+
+def test_no_kernel_is_compiled_anew_when_lengths_change() -> None:
+    functions = [
+        getattr(module, name)
+        for module, names in ((_varlen_schedule, SCHEDULE), (_varlen_triton, ATTENTION))
+        for name in names
+    ]
+    counts = []
+    for tokens, segments in ((TOKENS, SEGMENTS), (16999, 4), (1, 1), (128, 16)):
+        with record.recording():
+            launch(tokens, segments, 128, torch.bfloat16)
+        counts.append([sum(len(cache[0]) for cache in function.device_caches.values()) for function in functions])
+    assert min(counts[0]) > 0 and all(count == counts[0] for count in counts), counts
 
 
 @pytest.mark.slow

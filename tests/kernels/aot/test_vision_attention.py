@@ -7,7 +7,7 @@ import torch
 
 from r4b_kernels.vision_attention.triton import Backend
 from tests.kernels.aot.record import Resources, meta
-from tests.kernels.aot.test_prefix_attention import SCHEDULE, slow
+from tests.kernels.aot.test_prefix_attention import ATTENTION, SCHEDULE, slow
 
 PATCHES, IMAGES, HEADS = 57600, 16, 16
 
@@ -20,7 +20,7 @@ def compiled(recording, head_dim: int, dtype: torch.dtype) -> list[Resources]:
         Backend.backward(q, q, q, q, q, meta(PATCHES, HEADS, dtype=torch.float32), boundaries, head_dim**-0.5)
     for kernel in kernels:
         kernel.assert_sound()
-    assert {kernel.kernel for kernel in kernels} == SCHEDULE | {"_forward", "_backward_queries", "_backward_keys"}
+    assert {kernel.kernel for kernel in kernels} == SCHEDULE | ATTENTION
     return [kernel for kernel in kernels if kernel.kernel not in SCHEDULE]
 
 

@@ -112,8 +112,8 @@ def test_scales_that_are_not_positive(scale: float) -> None:
 
 
 def test_the_order_of_programs_changes_no_bit(same_in_any_order) -> None:
-    layout = PrefixLayout.from_lengths(*LAYOUTS["groups"])
-    inputs = tensors(124, torch.float32, hq=2, hk=1)
+    layout = PrefixLayout.from_lengths(*LAYOUTS["apart"])
+    inputs = tensors(74, torch.float32, hq=2, hk=1)
     same_in_any_order(lambda: triton(PrefixLayout(layout.offsets.clone(), layout.parent), inputs))
 
 

@@ -207,6 +207,19 @@ def test_layers_share_a_schedule_that_cannot_go_stale(monkeypatch: pytest.Monkey
     assert schedule() is None
 
 
+def test_compiles_into_one_graph() -> None:
+    layout = PrefixLayout.from_lengths([9, 8, 3], [-1, 0, 0])
+    *qkv, grad = tensors(20, torch.float32, hq=1, hk=1)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return prefix_attention(q * 2, k, v, layout, backend="triton").sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    grads = (torch.autograd.grad(function(*qkv), qkv, grad) for function in (compiled, step))
+    for mine, truth in zip(*grads, strict=True):
+        assert torch.equal(mine, truth)
+
+
 def test_strided_inputs_and_gradient() -> None:
     layout = PrefixLayout.from_lengths([9, 5, 20], [-1, 0, -1])
     fused = torch.randn(36, 4, 16, dtype=torch.float64).requires_grad_()

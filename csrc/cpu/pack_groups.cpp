@@ -19,7 +19,9 @@ using Integers = std::vector<int64_t>;
 constexpr int kSmallerCapacities = 5;
 constexpr int kShifts = 32;
 constexpr double kEven = 1.002;
+constexpr double kEvenEnough = 1.01;
 constexpr double kGain = 1e-9;
+constexpr double kLeastCut = 1.0 / 16;
 
 // Views of the caller's memory.
 struct Problem {
@@ -408,10 +410,12 @@ bool holds(const Bin& bin, int64_t group) {
   return at != bin.end() && at->group == group;
 }
 
+// members are those of the given piece that go; none for all of them.
 struct Swap {
   Offer give;
   std::optional<Offer> take;
   int64_t target;
+  Integers members;
 };
 
 // What leaves least of the gap between the two ranks.
@@ -425,7 +429,7 @@ std::optional<Swap> best_swap(
       const double left = std::abs(gap - 2 * give.cost);
       if (left < best && tokens[target] + give.tokens <= problem.capacity && !holds(plan.bins[target], give.group)) {
         best = left;
-        swap = Swap{give, std::nullopt, target};
+        swap = Swap{give, std::nullopt, target, {}};
       }
     }
     for (const Offer& take : theirs) {
@@ -434,7 +438,46 @@ std::optional<Swap> best_swap(
       const int64_t more = give.tokens - take.tokens;
       if (tokens[take.bin] + more <= problem.capacity && tokens[give.bin] - more <= problem.capacity) {
         best = left;
-        swap = Swap{give, take, take.bin};
+        swap = Swap{give, take, take.bin, {}};
+      }
+    }
+  }
+  return swap;
+}
+
+// The same for some of a piece's responses: the most cost that can go without making the other rank the dearer.
+std::optional<Swap> best_cut(
+    const Problem& problem, const Plan& plan, const Integers& tokens, const std::vector<Offer>& mine,
+    const Integers& targets, double gap) {
+  double best = gap * kLeastCut;
+  std::optional<Swap> swap;
+  for (const Offer& give : mine) {
+    const int64_t prefix = problem.prefixes[give.group];
+    const double again = cost_of(problem, Piece{give.group, {}});
+    std::vector<std::pair<double, int64_t>> costs;
+    for (const int64_t member : plan.bins[give.bin][give.index].members) {
+      costs.emplace_back(again - cost_of(problem, Piece{give.group, {member}}), member);
+    }
+    std::sort(costs.begin(), costs.end());
+    for (const int64_t target : targets) {
+      const bool known = holds(plan.bins[target], give.group);
+      const double goal = (known ? gap : gap - again) / 2;
+      const int64_t room = problem.capacity - tokens[target] - (known || !problem.share_prefix ? 0 : prefix);
+      Integers members;
+      double gone = 0.0;
+      int64_t used = 0;
+      for (const auto& [negative, member] : costs) {
+        const int64_t length = problem.lengths[problem.offsets[give.group] + member];
+        const int64_t size = length + (problem.share_prefix ? 0 : prefix);
+        if (gone - negative <= goal && used + size <= room && members.size() + 1 < costs.size()) {
+          members.push_back(member);
+          gone -= negative;
+          used += size;
+        }
+      }
+      if (gone > best) {
+        best = gone;
+        swap = Swap{give, std::nullopt, target, std::move(members)};
       }
     }
   }
@@ -447,7 +490,15 @@ Piece taken_out(Bin& bin, int64_t index) {
   return piece;
 }
 
-// Pieces moved or swapped between bins of the dearest and of a cheaper rank, while that lowers the dearer of both.
+// Leaves some members of a piece in its bin, and gives a piece of the others.
+Piece cut_out(Piece& piece, const Integers& members) {
+  const auto goes = [&](int64_t member) { return std::find(members.begin(), members.end(), member) != members.end(); };
+  std::erase_if(piece.members, goes);
+  return {piece.group, members};
+}
+
+// Pieces moved or swapped between bins of the dearest and of a cheaper rank, while that lowers the dearer of both; then
+// responses of a piece.
 Plan shifted(const Problem& problem, Plan plan) {
   std::vector<double> totals = rank_costs(plan, problem.ranks);
   std::vector<Integers> shares(problem.ranks);
@@ -462,7 +513,8 @@ Plan shifted(const Problem& problem, Plan plan) {
     std::stable_sort(ranks.begin(), ranks.end(), [&](int64_t a, int64_t b) { return totals[a] < totals[b]; });
     const int64_t dearest = ranks.back();
     ranks.pop_back();
-    if (totals[dearest] <= kEven * mean_of(totals)) break;
+    const double mean = mean_of(totals);
+    if (totals[dearest] <= kEven * mean) break;
     const std::vector<Offer> mine = offers_of(problem, plan, shares[dearest]);
     std::optional<Swap> swap;
     int64_t other = 0;
@@ -473,9 +525,14 @@ Plan shifted(const Problem& problem, Plan plan) {
           totals[dearest] - totals[rank]);
       if (swap) break;
     }
+    if (!swap && problem.split && totals[dearest] > kEvenEnough * mean) {
+      other = ranks.front();
+      swap = best_cut(problem, plan, tokens, mine, shares[other], totals[dearest] - totals[other]);
+    }
     if (!swap) break;
     Bin &source = plan.bins[swap->give.bin], &target = plan.bins[swap->target];
-    Piece piece = taken_out(source, swap->give.index);
+    const int64_t index = swap->give.index;
+    Piece piece = swap->members.empty() ? taken_out(source, index) : cut_out(source[index], swap->members);
     if (swap->take) source.push_back(taken_out(target, swap->take->index));
     target.push_back(std::move(piece));
     for (const auto& [bin, rank] : {std::pair{swap->give.bin, dearest}, std::pair{swap->target, other}}) {

@@ -105,9 +105,9 @@ def test_never_more_bins_than_first_fit() -> None:
         assert len(plans[0].bins) <= len(plans[1].bins), seed
 
 
-def test_a_group_is_cut_only_if_that_saves_bins() -> None:
-    """Where whole groups fit into as many bins, none is cut."""
-    cut_somewhere = 0
+def test_a_group_is_cut_only_if_that_saves_bins_or_evens_the_ranks() -> None:
+    """Where whole groups fit into as many bins, and leave the ranks even, none is cut."""
+    saved = evened = 0
     for seed in range(200):
         prefixes, responses, capacity, options = problem(seed)
         options |= {"split": True, "share_prefix": True}
@@ -117,9 +117,13 @@ def test_a_group_is_cut_only_if_that_saves_bins() -> None:
         whole = pack_groups(prefixes, responses, capacity, **(options | {"split": False}))
         homes = [group for bin_ in plan.bins for group, _ in bin_]
         if len(homes) != len(set(homes)):
-            cut_somewhere += 1
-            assert len(plan.bins) < len(whole.bins)
-    assert cut_somewhere > 2
+            if len(plan.bins) == len(whole.bins):
+                evened += 1
+                assert whole.imbalance > 1.01 and max(plan.rank_costs) < max(whole.rank_costs)
+            else:
+                saved += 1
+                assert len(plan.bins) < len(whole.bins)
+    assert saved > 2 and evened > 2
 
 
 def synthetic(groups: int, seed: int) -> tuple[list[int], list[list[int]]]:
@@ -147,6 +151,25 @@ def test_ranks_are_even() -> None:
         for capacity in (16384, 32768, 65536):
             plan = pack_groups(prefixes, responses, capacity, ranks=8, vision_cost=vision)
             assert plan.imbalance <= 1.01, (seed, capacity)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_few_groups_are_cut_to_even_the_ranks(backend: str) -> None:
+    """With about as many groups as ranks, a rank would have two and another one: the step takes as long as the two."""
+    capacity, dearest = 16384, []
+    for seed in range(8):
+        prefixes, responses = synthetic(9, seed)
+        plans = [
+            pack_groups(
+                prefixes, responses, capacity * 4, ranks=8, vision_cost=[900.0] * 9, split=split, backend=backend
+            )
+            for split in (False, True)
+        ]
+        whole, cut = plans
+        assert len(cut.bins) == len(whole.bins) == 8
+        assert cut.imbalance <= 1.1 < whole.imbalance, seed
+        dearest.append(max(cut.rank_costs) / max(whole.rank_costs))
+    assert sum(dearest) / len(dearest) < 0.8
 
 
 def test_sequences_pack_full() -> None:

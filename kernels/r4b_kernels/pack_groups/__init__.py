@@ -40,8 +40,8 @@ def pack_groups(
     The plan keeps to these rules:
       1. every response is in exactly one bin;
       2. the tokens of a bin, prefixes included, do not exceed ``capacity``;
-      3. a group is in more than one bin only with ``split``, and then only because it does not fit into one bin, or
-         because keeping it whole would need more bins;
+      3. a group is in more than one bin only with ``split``, and then only because it does not fit into one bin,
+         because keeping it whole would need more bins, or because the dearest rank gets cheaper by it;
       4. every rank has the same number of bins, empty ones among them if need be, so that pipeline schedules and
          collectives stay in step; no plan has more bins than that asks for;
       5. bins are shared out, and pieces of groups moved between them, so that the ranks' costs are as even as a greedy

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -18,10 +18,13 @@ from r4b_kernels.pack_groups.reference import merge
 
 _SMALLER_CAPACITIES = 5
 _SHIFTS = 32
-# Largest over mean cost of a rank from which on nothing more is done.
+# Largest over mean cost of a rank from which on nothing more is done, and from which on no group is cut for it.
 _EVEN = 1.002
+_EVEN_ENOUGH = 1.01
 # Costs are floats: an exchange must gain more than their rounding.
 _GAIN = 1e-9
+# What a cut must take from the dearer of two ranks, as a share of the gap between them.
+_LEAST_CUT = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -236,11 +239,12 @@ def _evened(problem: Problem, items: _Items, orders: list[list[int]], packing: _
 
 @dataclass(frozen=True)
 class _Offer:
-    """A piece of a bin that may go elsewhere: ``(group, members) = bins[bin_][index]``."""
+    """What may leave a bin: members of the piece ``bins[bin_][index]`` of a group, all of them but for a cut."""
 
     bin_: int
     index: int
     group: int
+    members: list[int]
     cost: float
     tokens: int
 
@@ -248,7 +252,8 @@ class _Offer:
 def _shifted(problem: Problem, plan: PackPlan) -> PackPlan:
     """Pieces moved or swapped between bins of the dearest and of a cheaper rank, while that lowers the dearer of both.
 
-    Pieces go as they are, to bins that hold nothing of their group: no group is cut and no prefix is paid again.
+    Pieces go as they are, to bins that hold nothing of their group: no group is cut and no prefix is paid again. Where
+    that is not enough, and ``split`` allows it, responses of a piece go.
     """
     bins, costs, tokens = [list(bin_) for bin_ in plan.bins], list(plan.bin_costs), list(plan.bin_tokens)
     totals = list(plan.rank_costs)
@@ -258,7 +263,8 @@ def _shifted(problem: Problem, plan: PackPlan) -> PackPlan:
     for _ in range(_SHIFTS):
         ranks = sorted(range(len(totals)), key=lambda r: (totals[r], r))
         dearest = ranks.pop()
-        if totals[dearest] <= _EVEN * (reduce(add, totals) / problem.ranks):
+        mean = reduce(add, totals) / problem.ranks
+        if totals[dearest] <= _EVEN * mean:
             break
         mine = _offers(problem, bins, shares[dearest])
         for other in ranks:
@@ -267,14 +273,21 @@ def _shifted(problem: Problem, plan: PackPlan) -> PackPlan:
             if swap is not None:
                 break
         else:
-            break
+            if not problem.split or totals[dearest] <= _EVEN_ENOUGH * mean:
+                break
+            other = ranks[0]
+            swap = _best_cut(problem, bins, tokens, mine, shares[other], totals[dearest] - totals[other])
+            if swap is None:
+                break
         give, take, target = swap
-        piece = bins[give.bin_].pop(give.index)
+        group, members = bins[give.bin_].pop(give.index)
         if take is not None:
             bins[give.bin_].append(bins[target].pop(take.index))
-        bins[target].append(piece)
+        if len(give.members) < len(members):
+            bins[give.bin_].append((group, [m for m in members if m not in give.members]))
+        bins[target].append((group, give.members))
         for b, rank in ((give.bin_, dearest), (target, other)):
-            bins[b].sort()
+            bins[b] = merge(bins[b])
             before, costs[b] = costs[b], problem.cost_of(bins[b])
             totals[rank] += costs[b] - before
             tokens[b] = sum(problem.tokens(group, members) for group, members in bins[b])
@@ -283,7 +296,7 @@ def _shifted(problem: Problem, plan: PackPlan) -> PackPlan:
 
 def _offers(problem: Problem, bins: list[Bin], share: list[int]) -> list[_Offer]:
     return [
-        _Offer(b, i, piece[0], problem.cost_of([piece]), problem.tokens(*piece))
+        _Offer(b, i, *piece, problem.cost_of([piece]), problem.tokens(*piece))
         for b in share
         for i, piece in enumerate(bins[b])
     ]
@@ -315,4 +328,29 @@ def _best_swap(
             more = give.tokens - take.tokens
             if tokens[take.bin_] + more <= problem.capacity and tokens[give.bin_] - more <= problem.capacity:
                 best, swap = left, (give, take, take.bin_)
+    return swap
+
+
+def _best_cut(
+    problem: Problem, bins: list[Bin], tokens: list[int], mine: list[_Offer], targets: list[int], gap: float
+) -> tuple[_Offer, None, int] | None:
+    """The same for some of a piece's responses: the most cost that can go without making the other rank the dearer."""
+    best = gap * _LEAST_CUT
+    swap: tuple[_Offer, None, int] | None = None
+    for give in mine:
+        again = problem.cost_of([(give.group, [])])  # of the prefix, which a bin pays that did not hold the group
+        fixed, each = (problem.prefixes[give.group], 0) if problem.share_prefix else (0, problem.prefixes[give.group])
+        costs = sorted((again - problem.cost_of([(give.group, [m])]), m) for m in give.members)
+        for target in targets:
+            known = any(group == give.group for group, _ in bins[target])
+            goal = (gap if known else gap - again) / 2
+            room = problem.capacity - tokens[target] - (0 if known else fixed)
+            members, gone, used = [], 0.0, 0
+            for negative, member in costs:
+                size = problem.responses[give.group][member] + each
+                if gone - negative <= goal and used + size <= room and len(members) + 1 < len(costs):
+                    members.append(member)
+                    gone, used = gone - negative, used + size
+            if gone > best:
+                best, swap = gone, (replace(give, members=sorted(members), cost=gone, tokens=used), None, target)
     return swap

@@ -121,6 +121,13 @@ def resolve(op: str, device: torch.device, backend: str | None, *inputs: Tensor)
     return _on(device, backends[others[0]].load())
 
 
+def check_devices(first: str, device: torch.device, **others: Tensor | None) -> None:
+    """Raise a ValueError that names the argument unless all tensors are where the one called ``first`` is."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and {first} on {device}: move one, they must agree")
+
+
 class _Elsewhere:
     """An implementation whose functions run with ``device`` as the current GPU."""
 

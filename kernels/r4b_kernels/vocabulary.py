@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from r4b_kernels import dispatch
 from r4b_kernels.precision import accumulation_dtype
 
 
@@ -83,7 +84,7 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> None:
-    """Raise a ValueError that names the argument unless the shapes and dtypes are those of an LM head."""
+    """Raise a ValueError that names the argument unless shapes, dtypes and devices are those of an LM head."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be a floating-point [T, H], it is {hidden.dtype} {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
@@ -96,6 +97,16 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: floa
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive (greedy decoding has no log-probability)")
+    dispatch.check_devices("hidden", hidden.device, weight=weight, target=target)
+
+
+def check_first_derivative(op: str) -> None:
+    """Raise where autograd records the backward of an op whose gradient is a constant made in its forward pass."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op} has no second derivative: its gradient is computed in the forward pass. "
+            "Leave out create_graph=True, or compute this loss from logits"
+        )
 
 
 def check_target_range(target: Tensor, shard_size: int, group: dist.ProcessGroup | None) -> None:

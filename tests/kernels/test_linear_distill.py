@@ -347,6 +347,14 @@ def test_compiles_without_graph_breaks(tail: bool) -> None:
     assert_close(mine, exact(hidden, weight, rows, divergence="jsd", tail=tail), 1e-12)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Its gradient is a constant to autograd, so that a second derivative would be silently wrong."""
+    hidden, weight, rows = make(12, 8, 100, 2)
+    loss = linear_distill(hidden.requires_grad_(), weight, **rows).loss
+    with pytest.raises(NotImplementedError, match="linear_distill has no second derivative.*create_graph"):
+        torch.autograd.grad(loss.square(), hidden, create_graph=True)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -369,6 +377,7 @@ def test_compiles_without_graph_breaks(tail: bool) -> None:
         ({"hidden": torch.zeros(())}, "teacher_ids"),
         ({"weight": torch.zeros(5, 4)}, "weight"),
         ({"weight": torch.zeros(5, 3, dtype=torch.float64)}, "weight is torch.float64"),
+        ({"row_weight": torch.zeros(4, device="meta")}, "row_weight is on meta and hidden on cpu"),
         ({"divergence": "kl"}, "divergence='kl'"),
         ({"beta": 1.5}, "beta=1.5"),
         ({"beta": torch.nan}, "beta=nan"),

@@ -207,6 +207,7 @@ def test_compiles_without_graph_breaks() -> None:
         ({"target": torch.zeros(4, dtype=torch.int32)}, "target"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "target"),
         ({"target": torch.tensor([0, 1, 5, 2])}, "target has the id 5"),
+        ({"weight": torch.zeros(5, 3, device="meta")}, "weight is on meta and hidden on cpu"),
         ({"temperature": 0.0}, "temperature"),
         ({"backend": "abacus"}, "backend"),
     ],

@@ -103,7 +103,17 @@ def test_compiles_without_graph_breaks() -> None:
     assert_close(ours, results_and_gradients(lambda x, w: reference.forward(x, w, 1e-6), (x, weight), seeds), 1e-12)
 
 
-@pytest.mark.parametrize(("x", "weight"), [((3, 4), (3,)), ((3, 4), (4, 1)), ((), (1,))])
-def test_errors_name_the_argument(x, weight) -> None:
-    with pytest.raises(ValueError, match="weight must be"):
-        rms_norm(torch.zeros(x), torch.zeros(weight))
+@pytest.mark.parametrize(
+    ("x", "weight", "named"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3), "weight must be"),
+        (torch.zeros(3, 4), torch.zeros(4, 1), "weight must be"),
+        (torch.zeros(()), torch.zeros(1), "weight must be"),
+        (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(4), "x is torch.int64"),
+        (torch.zeros(3, 4), torch.zeros(4, dtype=torch.int64), "weight torch.int64"),
+        (torch.zeros(3, 4), torch.zeros(4, device="meta"), "weight is on meta and x on cpu"),
+    ],
+)
+def test_errors_name_the_argument(x: torch.Tensor, weight: torch.Tensor, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        rms_norm(x, weight)

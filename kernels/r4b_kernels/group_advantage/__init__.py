@@ -71,9 +71,9 @@ def group_advantage(
         backend: "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
-        ValueError: naming the argument, for wrong shapes, dtypes or an unknown baseline; on the CPU also for offsets
-            that do not cover the input, a mode that is neither 0 nor 1, and a reward that is not finite. On a GPU such
-            values are not waited for: a group that holds one gets NaN, and counts as live.
+        ValueError: naming the argument, for wrong shapes, dtypes or devices or an unknown baseline; on the CPU also for
+            offsets that do not cover the input, a mode that is neither 0 nor 1, and a reward that is not finite. On a
+            GPU such values are not waited for: a group that holds one gets NaN, and counts as live.
     """
     if rewards.dim() != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating-point [N], it is {rewards.dtype} {tuple(rewards.shape)}")
@@ -92,6 +92,9 @@ def group_advantage(
         )
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r}: must be one of {', '.join(BASELINES)}")
+    dispatch.check_devices(
+        "rewards", rewards.device, group_offsets=group_offsets, mode=mode, token_offsets=token_offsets
+    )
     if token_offsets is None:
         num_tokens = 0
     elif num_tokens is None:

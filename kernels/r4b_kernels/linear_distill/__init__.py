@@ -11,7 +11,7 @@ from torch import Tensor
 from r4b_kernels import dispatch
 from r4b_kernels.linear_distill import cpu, reference
 from r4b_kernels.precision import accumulation_dtype
-from r4b_kernels.vocabulary import check_head, group_name
+from r4b_kernels.vocabulary import check_first_derivative, check_head, group_name
 
 __all__ = ["DistillLoss", "Divergence", "linear_distill"]
 
@@ -89,9 +89,10 @@ def linear_distill(
         backend: "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
-        ValueError: naming the argument, for wrong shapes, dtypes or ranges, a backend that cannot serve the device, and
-            on the CPU, naming the row, for ids beyond the vocabulary or twice in a row and for log-probabilities that
-            are none.
+        ValueError: naming the argument, for wrong shapes, dtypes, devices or ranges, a backend that cannot serve the
+            device, and on the CPU, naming the row, for ids beyond the vocabulary or twice in a row and for
+            log-probabilities that are none.
+        NotImplementedError: where its backward is asked for a graph of its own (``create_graph=True``).
     """
     _check(hidden, weight, teacher_ids, teacher_logprobs, row_weight, temperature, group)
     if divergence not in get_args(Divergence):
@@ -149,6 +150,9 @@ def _check(
         raise ValueError(
             f"row_weight must be floating-point [T] with T={rows}, it is {row_weight.dtype} {tuple(row_weight.shape)}"
         )
+    dispatch.check_devices(
+        "hidden", hidden.device, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs, row_weight=row_weight
+    )
 
 
 @torch.library.custom_op("r4b_kernels::linear_distill", mutates_args=())
@@ -197,6 +201,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     nothing = (None,) * 11
     if grad_loss is None:
         return None, None, *nothing
+    check_first_derivative("linear_distill")
     grad_hidden, grad_weight = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     return (

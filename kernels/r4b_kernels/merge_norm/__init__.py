@@ -73,9 +73,7 @@ def merge_norm(
         raise ValueError(f"order must be int64 [P={patches}], it is {order.dtype} {tuple(order.shape)}")
     if not eps > 0:
         raise ValueError(f"eps={eps}: must be positive, a constant patch has no variance")
-    for name, other in (("weight", weight), ("bias", bias), ("order", order)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} is on {other.device} and x on {x.device}: move one")
+    dispatch.check_devices("x", x.device, weight=weight, bias=bias, order=order)
     return _merge_norm(x, weight, bias, order, merge, float(eps), backend)[0]
 
 

@@ -345,7 +345,8 @@ def _best_cut(
             known = any(group == give.group for group, _ in bins[target])
             goal = (gap if known else gap - again) / 2
             room = problem.capacity - tokens[target] - (0 if known else fixed)
-            members, gone, used = [], 0.0, 0
+            members: list[int] = []
+            gone, used = 0.0, 0
             for negative, member in costs:
                 size = problem.responses[give.group][member] + each
                 if gone - negative <= goal and used + size <= room and len(members) + 1 < len(costs):

@@ -98,9 +98,7 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, position_id
             f"position_ids is {position_ids.dtype} {list(position_ids.shape)}: "
             f"expected int64 or int32 [3, {q.shape[0]}]"
         )
-    for name, tensor in (("k", k), ("q_weight", q_weight), ("k_weight", k_weight), ("position_ids", position_ids)):
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}: they must agree")
+    dispatch.check_devices("q", q.device, k=k, q_weight=q_weight, k_weight=k_weight, position_ids=position_ids)
 
 
 @torch.library.custom_op("r4b_kernels::qk_norm_mrope", mutates_args=())

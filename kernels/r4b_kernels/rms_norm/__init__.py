@@ -27,16 +27,19 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
     multiplied by the weight: the order of Qwen3's RMSNorm, so that bfloat16 results agree with it.
 
     Args:
-        x: [..., H].
+        x: [..., H], floating point.
         weight: [H], of any floating dtype; the result has the promoted dtype of x and weight.
         eps: added to the mean square.
         backend: "native", "cpu", "triton" or "reference"; None picks by device.
 
     Raises:
-        ValueError: if weight is not [H], or the backend cannot serve the device.
+        ValueError: if weight is not [H], dtypes or devices do not fit, or the backend cannot serve the input.
     """
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [H], the last dimension of x {tuple(x.shape)}, it is {tuple(weight.shape)}")
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: both must be floating-point")
+    dispatch.check_devices("x", x.device, weight=weight)
     return _rms_norm(x, weight, float(eps), backend)[0]
 
 

@@ -53,9 +53,7 @@ def scatter_vision(
             f"index is {index.dtype} {list(index.shape)}: "
             f"expected int64 or int32 [{embeddings.shape[0]}], one per token"
         )
-    for name, tensor in (("features", features), ("index", index)):
-        if tensor.device != embeddings.device:
-            raise ValueError(f"{name} is on {tensor.device}, embeddings on {embeddings.device}: they must agree")
+    dispatch.check_devices("embeddings", embeddings.device, features=features, index=index)
     return _forward(embeddings, features, index, accumulate, backend)
 
 

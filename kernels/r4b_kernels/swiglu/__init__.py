@@ -24,17 +24,19 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     Computed in float32 (float64 for float64) and rounded once.
 
     Args:
-        gate_up: [..., 2F].
+        gate_up: [..., 2F], floating point.
         backend: "cpu", "triton" or "reference"; None picks by device.
 
     Returns:
         [..., F] of gate_up's dtype.
 
     Raises:
-        ValueError: if the last dimension is odd, or the backend cannot serve the device.
+        ValueError: if the last dimension is odd, the dtype is none of floats, or the backend cannot serve the device.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [..., 2F], it is {tuple(gate_up.shape)}")
+    if not gate_up.is_floating_point():
+        raise ValueError(f"gate_up must be floating-point, it is {gate_up.dtype}")
     return _swiglu(gate_up, backend)
 
 

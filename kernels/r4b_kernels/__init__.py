@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from r4b_kernels.decode_attention import decode_attention
 from r4b_kernels.dispatch import BackendError
 from r4b_kernels.group_advantage import Advantage, group_advantage
 from r4b_kernels.layout import PrefixLayout
@@ -26,6 +27,7 @@ __all__ = [
     "PackPlan",
     "PolicyLoss",
     "PrefixLayout",
+    "decode_attention",
     "group_advantage",
     "linear_distill",
     "linear_logprob",

@@ -22,7 +22,7 @@ from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.models.r4b.model import R4BModel, vision_rows
 from r4b_core.models.streams import pad_to_multiple
 from r4b_core.modes import Mode, ModeTokens
-from r4b_core.rollout.cache import PrefillStream, PromptCache, ResponseCache
+from r4b_core.rollout.cache import PrefillStream, PromptCache, ResponseCache, whole_vectors
 from r4b_core.rollout.decode import DecodeLayers
 from r4b_core.rollout.sampling import Draw, draw, uniform
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
@@ -101,7 +101,7 @@ class EmbeddedEngine:
         total = sum(lengths)
         multiple = self.model.tp_group.size() if self.model.config.sequence_parallel else 1
         position = torch.arange(total) - starts.repeat_interleave(torch.tensor(lengths))
-        columns = torch.arange(max(lengths))
+        columns = torch.arange(whole_vectors(max(lengths)))
         index = torch.where(columns < torch.tensor(lengths)[:, None], starts[:, None] + columns, 0)
         cache = PromptCache(lengths=torch.tensor(lengths))
         stream = PrefillStream(layout, pad_to_multiple(position, multiple).expand(3, -1), index, cache)
@@ -143,7 +143,6 @@ class EmbeddedEngine:
     def decode(self, tokens: Tensor, position: Tensor, layers: DecodeLayers, cache: ResponseCache) -> Tensor:
         """Logits [N, V] after one more token int64 [N] per row, at positions int64 [N]."""
         model = self.model
-        cache.step()
 
         def forward() -> Tensor:
             hidden = self._embed_tokens(tokens) if model.pre_process else model.decoder.input_tensor.squeeze(1)

@@ -13,6 +13,7 @@ from r4b_core.data.schema import Sample
 from r4b_core.models.r4b.model import R4BModel
 from r4b_core.modes import Mode, ModeTokens
 from r4b_core.parallel.runtime import Runtime
+from r4b_core.rollout.cache import whole_vectors
 from r4b_core.rollout.engine import EmbeddedEngine, _ContinuousBatch, bimode_requests
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
@@ -229,13 +230,14 @@ def test_a_prompt_is_stored_once_whatever_its_responses(model: R4BModel, prompts
         batch = _ContinuousBatch(engine, cache, logits, requests, SamplingParams(6))
         next(batch.steps())
     layers, heads, dim = SMALL["num_layers"], SMALL["num_kv_heads"], SMALL["head_dim"]
-    longest = max(prompt.num_tokens for prompt in prompts)
+    # Both in whole vectors.
+    longest, budget = whole_vectors(max(prompt.num_tokens for prompt in prompts)), whole_vectors(6)
     assert sum(x.numel() for x in (*cache.keys, *cache.values)) == 2 * layers * len(prompts) * heads * dim * longest
     # Only the two prompts in work are at hand, whatever the number of their rows, and a row holds its own tokens alone.
     held = (*batch.cache.prompts.keys, *batch.cache.prompts.values)
     assert sum(x.numel() for x in held) == 2 * layers * 2 * heads * dim * longest
     own = (*batch.cache.keys, *batch.cache.values)
-    assert sum(x.numel() for x in own) == 2 * layers * engine.batch * heads * dim * 6
+    assert sum(x.numel() for x in own) == 2 * layers * engine.batch * heads * dim * budget
 
 
 def test_stream_gives_the_same_tokens_and_disturbs_nobody(model: R4BModel, prompts: list[EncodedPrompt]) -> None:

@@ -13,6 +13,14 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def stages(elements: int, *tensors: Tensor) -> int:
+    """Stages of a pipeline over tiles of so many elements of each tensor; shared memory holds the tiles of all but one.
+
+    Two tiles ahead, or one where they are large: 64 KB for two tensors, which GPUs with 99 KB a block have too.
+    """
+    return 3 if elements * max(x.element_size() for x in tensors) <= 16384 else 2
+
+
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """The column sums [H] of partials [N, H], in ``dtype``; the order of the additions depends on N alone."""
     count, width = partials.shape

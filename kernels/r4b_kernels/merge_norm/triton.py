@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r4b_kernels.precision import accumulation_dtype
-from r4b_kernels.triton_support import accumulator, sum_partials
+from r4b_kernels.triton_support import accumulator, stages, sum_partials
 
 LARGEST = 8192  # elements of a tile that is held in registers
 TILE = 4096  # elements of a tile, where patches are shorter
@@ -69,7 +69,7 @@ class Backend:
         partials = mean.new_empty(programs, 2 * len(weight))
         _backward[programs,](
             grad.contiguous(), x, weight.contiguous(), mean, rstd, order, owner, grad_x, partials, patches, tiles,
-            **tile, num_warps=_warps(tile, 512), maxnreg=128,
+            **tile, STAGES=stages(tile["PLACES"] * tile["BLOCK"], grad, x), num_warps=_warps(tile, 512), maxnreg=128,
         )  # fmt: skip
         return grad_x, sum_partials(partials, weight.dtype).view(2, len(weight))
 
@@ -178,7 +178,7 @@ def _mark_homeless(owner, grad_x, patches, WIDTH: tl.constexpr, ROWS: tl.constex
 def _backward(
     grad, x, weight, mean, rstd, order, owner, grad_x, partials, patches, tiles,
     WIDTH: tl.constexpr, JOINT: tl.constexpr, STEP: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
+    STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     at, used = _parameters(WIDTH, JOINT, STEP, PLACES, BLOCK)
@@ -186,7 +186,7 @@ def _backward(
     grad_weight = tl.zeros([PLACES, BLOCK], dtype=ACC)
     grad_bias = tl.zeros([PLACES, BLOCK], dtype=ACC)
     # Stages: the next tiles are on their way to shared memory while this one is worked on.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=3):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         place, exists, row, row_exists = _places(tile, patches, JOINT, STEP, PLACES)
         mask = exists & (column < WIDTH)
         upstream = tl.load(grad + place * WIDTH + column, mask=mask, other=0.0).to(ACC)

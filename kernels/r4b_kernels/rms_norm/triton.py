@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r4b_kernels.precision import accumulation_dtype
-from r4b_kernels.triton_support import accumulator, sum_partials
+from r4b_kernels.triton_support import accumulator, stages, sum_partials
 
 WIDEST = 8192  # columns of a row that is held in registers
 TILE = 4096  # elements of a tile, where rows are shorter
@@ -59,7 +59,7 @@ class Backend:
             partials = rstd.new_empty(programs, width)
             _backward[programs,](
                 grad, x, weight, rstd, grad_x, partials, rows, WIDTH=width, ROWS=per_tile, BLOCK=block, **types,
-                num_warps=max(4, per_tile * block // 512),
+                STAGES=stages(per_tile * block, grad, x), num_warps=max(4, per_tile * block // 512),
             )  # fmt: skip
         else:
             programs = _programs(triton.cdiv(rows, 64))
@@ -106,13 +106,13 @@ def _forward(
 @triton.jit(do_not_specialize=["rows"])
 def _backward(
     grad, x, weight, rstd, grad_x, partials, rows,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     scale = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACC)[None, :]
     grad_weight = tl.zeros([ROWS, BLOCK], dtype=ACC)
     # Stages: the next tiles are on their way to shared memory while this one is worked on.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=3):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
         here = row[:, None] * WIDTH + column[None, :]

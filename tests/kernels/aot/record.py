@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
 SHARED_LIMIT = 232_448  # bytes of shared memory a block may have on an H100 or H200
+SMALL_SHARED_LIMIT = 101_376  # on GPUs of compute capability 8.6, 8.9 and 12.0, the smallest of those from 8.0 on
 
 
 @dataclass(frozen=True)

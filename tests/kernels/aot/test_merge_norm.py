@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r4b_kernels.merge_norm.triton import Backend
-from tests.kernels.aot.record import meta
+from tests.kernels.aot.record import SMALL_SHARED_LIMIT, meta
 
 ORDER = ["_find_owners", "_mark_homeless"]
 # C of Qwen3-VL's ViTs (1152, and 1024 for its 2B and 4B) and of R-4B's, and the widest merged row held in registers.
@@ -16,6 +16,7 @@ CASES = {
     "merger float32": (1152, False, False, torch.float32),
     "deepstack": (1152, True, False, torch.bfloat16),
     "deepstack ordered": (1152, True, True, torch.bfloat16),
+    "deepstack float32": (1152, True, False, torch.float32),
     "small merger": (1024, False, False, torch.bfloat16),
     "widest": (2048, True, False, torch.bfloat16),
 }
@@ -32,6 +33,7 @@ def test_merge_norm(case: str, recording) -> None:
     assert [kernel.kernel for kernel in kernels] == ["_forward", *ORDER * ordered, "_backward", "_sum_partials"]
     for kernel in kernels:
         kernel.assert_sound()
+        assert kernel.shared <= SMALL_SHARED_LIMIT
     # A tile has 2 patches or 4 at least; of them the backward reads x and its gradient, in loads of 16 bytes a thread.
     size = (4 if norm_merged else 2) * width * dtype.itemsize
     for kernel, tensors in ((kernels[0], 1), (kernels[-2], 2)):

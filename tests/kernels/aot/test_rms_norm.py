@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r4b_kernels.rms_norm.triton import Backend
-from tests.kernels.aot.record import meta
+from tests.kernels.aot.record import SMALL_SHARED_LIMIT, meta
 
 # Trunks of 8B and 4B, their head norms, and the widest row that is held in registers.
 SHAPES = [(8192, 4096), (8192, 2560), (131072, 128), (2048, 8192)]
@@ -22,6 +22,7 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype, recording) -> None
     assert [kernel.kernel for kernel in kernels] == ["_forward", "_backward", "_sum_partials"]
     for kernel, tensors in zip(kernels, (1, 2, 0), strict=True):
         kernel.assert_sound()
+        assert kernel.shared <= SMALL_SHARED_LIMIT
         # The elements a tile has of each tensor at least, all in loads of 16 bytes a thread.
         assert kernel.wide_loads * 16 * 32 * kernel.warps >= tensors * max(4096, shape[1]) * dtype.itemsize
     # The next tiles are fetched while one is worked on, by two programs on every multiprocessor (one of the widest).

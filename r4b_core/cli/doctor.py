@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 OPTIONAL = {
     "triton": "Triton kernels; comes with torch on a GPU machine",
-    "flash-attn": "a backend of vision_attention and prefix_attention to measure against",
-    "flash-attn-4": "the same, for Hopper and Blackwell",
+    "flash-attn": "FlashAttention 2, a rival in the benchmarks",
+    "flash-attn-4": "FlashAttention 4, the rival on Hopper and Blackwell",
     "liger-kernel": "a rival in the benchmarks",
     "cut-cross-entropy": "a rival in the benchmarks",
     "transformer-engine": "a fused Adam for the distributed optimizer",

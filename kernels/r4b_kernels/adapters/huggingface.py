@@ -82,16 +82,21 @@ def attention(
         raise ValueError(f"attention_mask is a tensor {list(attention_mask.shape)}: give prefix_layout instead")
     q, k, v = (x.transpose(1, 2).reshape(batch * tokens, -1, dim) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
+
+    def cu_seqlens() -> Tensor:
+        if cu_seq_lens_q is not None:
+            return cu_seq_lens_q.int()
+        return torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
+
     if not causal:
-        out = vision_attention(q, k, v, rows if cu_seq_lens_q is None else cu_seq_lens_q.int(), scale=scaling)
+        out = vision_attention(q, k, v, cu_seqlens(), scale=scaling)
     else:
         if prefix_layout is not None:
             layout = prefix_layout
         elif attention_mask is not None and cu_seq_lens_q is None:
             layout = attention_mask.layout
         else:
-            layout = _varlen(rows if cu_seq_lens_q is None else cu_seq_lens_q)
+            layout = _varlen(cu_seqlens())
         out = cast(Tensor, prefix_attention(q, k, v, layout, scale=scaling))
     return out.view(batch, tokens, heads, dim), None
 

@@ -52,7 +52,7 @@ def share_prompts(
     lengths: list[int] = []
     parents: list[int] = []
     pieces, counted, end = [], [], 0
-    sizes = completion_mask.sum(1).tolist()
+    sizes, completions = completion_mask.sum(1).tolist(), completion_ids.cpu()
     rows = torch.zeros(completion_ids.shape, dtype=torch.int64)
     for prompt, indices in members.items():
         parent, last = len(lengths), end + len(prompt) - 1
@@ -63,7 +63,7 @@ def share_prompts(
         end += len(prompt)
         for index in indices:
             size = int(sizes[index])
-            pieces.append(completion_ids[index, :size].cpu())
+            pieces.append(completions[index, :size])
             counted.append(torch.arange(len(prompt), len(prompt) + size))
             rows[index, :size] = torch.arange(end - 1, end - 1 + size)
             rows[index, : min(size, 1)] = last

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from r4b_core.data.batch import PackedBatch
-from r4b_core.data.processing import ImageError, PromptError, check_question, image_to_patches
+from r4b_core.data.images import ImageError
+from r4b_core.data.processing import PromptError, check_question, image_to_patches
 from r4b_core.data.quarantine import Quarantine
 from r4b_core.data.schema import Sample
 from r4b_core.data.tokenizer import Tokenizer

@@ -1,71 +1,21 @@
-"""Images: opening files from outside, and cutting images into patches."""
+"""Cutting images into patches, and checking the questions about them."""
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from r4b_core.data.images import ImageError
 from r4b_core.modes import IMAGE, THINK_CLOSE, THINK_OPEN
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 _MEAN, _STD = 0.5, 0.5
 _TEMPLATE_TAG = re.compile(rf"<\|\w+\|>|{THINK_OPEN}|{THINK_CLOSE}")
 
 
-class ImageError(ValueError):
-    """An image that cannot or must not be used, with the reason."""
-
-
 class PromptError(ValueError):
     """A question that cannot be made into a prompt, with the reason."""
-
-
-def open_image(
-    source: str | Path | bytes,
-    *,
-    max_pixels: int = 16_000_000,
-    max_bytes: int = 32_000_000,
-    size: tuple[int, int] | None = None,
-) -> NDArray[np.uint8]:
-    """Decode a PNG, JPEG or WEBP file (or its bytes) into uint8 [height, width, 3].
-
-    The file's bytes are counted before it is read and its pixels before it is decoded. Of an animation the first
-    frame is taken; transparency is put on white. ``size`` (height, width) resizes by nearest neighbour.
-
-    Raises:
-        ImageError: if the file is missing, too large, of another format, or damaged.
-    """
-    name = "image" if isinstance(source, bytes) else str(source)
-    try:
-        length = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        if length > max_bytes:
-            raise ImageError(f"{name}: {length} bytes, more than max_bytes = {max_bytes}")
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(f"{name}: {width} x {height} pixels, more than max_pixels = {max_pixels}")
-            image.load()
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: not a {', '.join(IMAGE_FORMATS)} image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: cannot be read ({error})") from error
-    rgb: Image.Image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if rgb.mode == "RGBA":
-        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-    if size is not None:
-        rgb = rgb.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return np.asarray(rgb)
 
 
 def patch_grid(image: NDArray[np.uint8], patch_size: int = 16) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r4b_core.data.encoding import encode_prompt
-from r4b_core.data.processing import open_image
+from r4b_core.data.images import open_image
 from r4b_core.data.schema import Sample
 from r4b_core.evaluate.load import trained_model
 from r4b_core.modes import Mode

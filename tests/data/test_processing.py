@@ -1,22 +1,11 @@
 from __future__ import annotations
 
-import io
-import struct
-import zlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from r4b_core.data.processing import ImageError, PromptError, check_question, image_to_patches, open_image
-
-
-def encoded(image: Image.Image, format: str) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
+from r4b_core.data.images import ImageError
+from r4b_core.data.processing import PromptError, check_question, image_to_patches
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -46,64 +35,6 @@ def test_patches_are_what_a_convolution_sees(patch_size: int) -> None:
 def test_images_that_cannot_be_cut(image: np.ndarray, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         image_to_patches(image)
-
-
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_open_lossless(tmp_path: Path, format: str) -> None:
-    pixels = noise(16, 32)
-    file = tmp_path / "image"
-    Image.fromarray(pixels).save(file, format, lossless=True)
-    assert (open_image(file) == pixels).all()
-    assert (open_image(file.read_bytes()) == pixels).all()
-
-
-def test_open_converts_to_rgb() -> None:
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert (open_image(encoded(clear, "PNG")) == 255).all()
-    assert open_image(encoded(Image.new("L", (8, 8), 7), "JPEG")).shape == (8, 8, 3)
-
-
-def test_resize_only_if_asked() -> None:
-    data = encoded(Image.fromarray(noise(8, 12)), "PNG")
-    assert open_image(data).shape == (8, 12, 3)
-    resized = open_image(data, size=(16, 24))
-    assert (resized[::2, ::2] == open_image(data)).all()
-
-
-def png_with_size(width: int, height: int) -> bytes:
-    """A valid header that claims a size, with hardly any data behind it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"not an image", "not a PNG, JPEG, WEBP image"),
-        (b"", "not a PNG, JPEG, WEBP image"),
-        (png_with_size(5000, 5000), "5000 x 5000 pixels, more than max_pixels"),
-        (png_with_size(60000, 60000), "cannot be read|more than max_pixels"),
-        (encoded(Image.fromarray(noise(64, 64)), "PNG")[:2000], "cannot be read"),
-        (encoded(Image.new("RGB", (8, 8)), "GIF"), "not a PNG, JPEG, WEBP image"),
-        (encoded(Image.new("RGB", (8, 8)), "TIFF"), "not a PNG, JPEG, WEBP image"),
-    ],
-)
-def test_hostile_files(data: bytes, message: str) -> None:
-    with pytest.raises(ImageError, match=message):
-        open_image(data)
-
-
-def test_byte_cap_and_missing_file(tmp_path: Path) -> None:
-    file = tmp_path / "image.png"
-    file.write_bytes(encoded(Image.fromarray(noise(32, 32)), "PNG"))
-    with pytest.raises(ImageError, match="more than max_bytes = 100"):
-        open_image(file, max_bytes=100)
-    with pytest.raises(ImageError, match="missing.png: cannot be read"):
-        open_image(tmp_path / "missing.png")
 
 
 def test_question_with_images() -> None:

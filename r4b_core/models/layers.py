@@ -134,9 +134,15 @@ class GatedMLP(MLP):
         return self.linear_fc2(swiglu(gate_up))
 
 
-def _layer_spec(attention: type, mlp: type | ModuleSpec, norm: type, qk_norm: type | None) -> ModuleSpec:
+def _layer_spec(
+    attention: type,
+    mlp: type | ModuleSpec,
+    norm: type,
+    qk_norm: type | None,
+    layer: type[TransformerLayer] = TransformerLayer,
+) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -157,10 +163,10 @@ def _layer_spec(attention: type, mlp: type | ModuleSpec, norm: type, qk_norm: ty
     )
 
 
-def decoder_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """Pre-norm Qwen3 blocks: RMSNorm, q/k norm, GQA, SwiGLU."""
-    layer = _layer_spec(DecoderAttention, GatedMLP, RMSNorm, RMSNorm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+def decoder_spec(num_layers: int, layer: type[TransformerLayer] = TransformerLayer) -> TransformerBlockSubmodules:
+    """Pre-norm Qwen3 blocks: RMSNorm, q/k norm, GQA, SwiGLU. ``layer`` may do more than Megatron's own."""
+    spec = _layer_spec(DecoderAttention, GatedMLP, RMSNorm, RMSNorm, layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
 def vision_spec(num_layers: int) -> TransformerBlockSubmodules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from r4b_kernels.decode_attention import decode_attention
 from r4b_kernels.dispatch import BackendError
+from r4b_kernels.draw_tokens import draw_tokens
 from r4b_kernels.group_advantage import Advantage, group_advantage
 from r4b_kernels.layout import PrefixLayout
 from r4b_kernels.linear_distill import DistillLoss, linear_distill
@@ -28,6 +29,7 @@ __all__ = [
     "PolicyLoss",
     "PrefixLayout",
     "decode_attention",
+    "draw_tokens",
     "group_advantage",
     "linear_distill",
     "linear_logprob",

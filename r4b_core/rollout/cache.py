@@ -8,12 +8,14 @@ first, so that what one prompt's responses ask of its keys is one matrix product
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r4b_kernels import dispatch, prefix_attention
+from r4b_core.models.layers import DecoderConfig
+from r4b_kernels import dispatch, prefix_attention, qk_norm_mrope
 from r4b_kernels.layout import PrefixLayout
 
 _VECTOR = 8
@@ -42,22 +44,49 @@ class PromptCache:
         )
 
 
-@dataclass
-class PrefillStream:
-    """Attends like training does and keeps the keys and values of every prompt (Megatron's ``packed_seq_params``).
+class Attention(Protocol):
+    """What the tokens of a forward pass attend to: prompts to themselves, responses to their prompt and themselves."""
 
-    ``index`` int64 [G, P] is each prompt's token positions in the stream, padded with 0.
-    """
+    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, config: DecoderConfig) -> Tensor:
+        """Norm, turn and attend in local layer ``layer`` (0-based).
 
-    layout: PrefixLayout
-    position_ids: Tensor
-    index: Tensor
-    cache: PromptCache
+        Args:
+            mixed: [n, Hk, s + 2, D], the first projection: of each key/value head its s queries, its key, its value.
+            q_norm, k_norm: [D], weights of the head norms.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        Returns:
+            [n, Hk * s * D], what goes into the second projection.
+        """
+        ...
+
+
+class PromptAttention:
+    """Attends like training does, and keeps the keys and values of every prompt."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.cache = PromptCache(lengths=torch.tensor(lengths))
+        self.layout = PrefixLayout.from_lengths(lengths)
+        starts = self.layout.offsets[:-1].long()
+        self.position = torch.arange(sum(lengths)) - starts.repeat_interleave(self.cache.lengths)
+        # [G, P], each prompt's tokens in the stream; what is behind its end is never seen.
+        columns = torch.arange(whole_vectors(max(lengths)))
+        self.index = torch.where(columns < self.cache.lengths[:, None], starts[:, None] + columns, 0)
+
+    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, config: DecoderConfig) -> Tensor:
+        share = mixed.shape[2] - 2
+        query, key = qk_norm_mrope(
+            mixed[:, :, :share].flatten(1, 2),
+            mixed[:, :, share],
+            q_norm,
+            k_norm,
+            self.position.expand(3, -1),
+            theta=config.rope_theta,
+            eps=config.layernorm_epsilon,
+        )
+        value = mixed[:, :, share + 1]
         self.cache.keys.append(key[self.index].permute(2, 0, 3, 1).contiguous())
         self.cache.values.append(value[self.index].permute(2, 0, 1, 3).contiguous())
-        return prefix_attention(query, key, value, self.layout)
+        return prefix_attention(query, key, value, self.layout).flatten(1)
 
 
 class ResponseCache:
@@ -68,7 +97,6 @@ class ResponseCache:
 
     def __init__(self, prompts: PromptCache, max_length: int) -> None:
         self.all_prompts = self.prompts = prompts
-        self.heads = prompts.values[0].shape[0]
         columns = whole_vectors(max_length)
         self.keys = [key.new_zeros(key.shape[0], 0, key.shape[2], columns) for key in prompts.keys]
         self.values = [value.new_zeros(value.shape[0], 0, columns, value.shape[3]) for value in prompts.values]
@@ -109,31 +137,31 @@ class ResponseCache:
         self.offsets = F.pad(counts.cumsum(0), (1, 0))
         self._lengths = self.prompts.lengths[group]
 
-    def step(self, position: Tensor) -> None:
+    def step(self, position: Tensor, rope: Tensor) -> None:
         """Call once before a decode step's layers: every row gets its token at a position int64 [N].
 
-        A position before a row's first makes it idle; one past its last column overwrites that one.
+        A position before a row's first makes it idle; one past its last column overwrites that one. ``rope`` is
+        [2, N, D], the positions' part of `rope_table`.
         """
-        self.column = position - self._lengths
+        self._column = position - self._lengths
+        self._rope = rope
 
-    def attend(
-        self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, rope: Tensor, eps: float, scale: float
-    ) -> Tensor:
-        """`r4b_kernels.decode_attention` of local layer ``layer`` (0-based): mixed [N, Hk, s + 2, D] -> [N, Hk s D]."""
+    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, config: DecoderConfig) -> Tensor:
+        """See `Attention`; one token per row, by `r4b_kernels.decode_attention`."""
         return self._attention(
             mixed,
             q_norm,
             k_norm,
-            rope,
-            self.column,
+            self._rope,
+            self._column,
             self.prompts.keys[layer],
             self.prompts.values[layer],
             self.prompts.lengths,
             self.offsets,
             self.keys[layer],
             self.values[layer],
-            eps,
-            scale,
+            config.layernorm_epsilon,
+            mixed.shape[3] ** -0.5,
         )
 
 

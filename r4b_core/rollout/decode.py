@@ -1,10 +1,11 @@
-"""One decode step straight on the Megatron model's parameters.
+"""The decoder straight on the Megatron model's parameters, for prompts and for decode steps.
 
 A step moves one token per request through the decoder, where the number of calls, not arithmetic, is the time; so the
-layers' parameters are used directly instead of calling Megatron's modules, and what stands between two projections is
-one op. A test holds the two to 1e-4.
+layers' parameters are used directly instead of calling Megatron's modules, and what stands between a layer's two
+projections is one op. A test holds the two to 1e-4. Sequence parallelism is not used: there is nothing to keep for a
+backward pass.
 
-Shapes: N rows, H hidden, Hq/Hk heads of this rank, s = Hq / Hk, D head dim.
+Shapes: n tokens (of prompts, or one per row), H hidden, Hq/Hk heads of this rank, s = Hq / Hk, D head dim.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r4b_core.models.r4b.model import R4BModel
-from r4b_core.rollout.cache import ResponseCache
+from r4b_core.rollout.cache import Attention
 from r4b_kernels import dispatch
 
 
@@ -33,19 +34,19 @@ class _Layer(NamedTuple):
     down: Tensor  # [F, H]
 
 
-class DecodeLayers:
+class DecoderLayers:
     """The decoder layers of this pipeline stage, reading the model's parameters in place."""
 
-    def __init__(self, model: R4BModel, positions: int) -> None:
-        """``positions``: tokens have positions below it."""
-        self.config = config = model.config
+    def __init__(self, model: R4BModel) -> None:
+        self.config = model.config
         self.tp_group = model.tp_group if model.tp_group.size() > 1 else None
         self.layers = [self._layer(layer) for layer in model.decoder.layers]
         self.final_norm = model.decoder.final_layernorm.weight if model.post_process else None
         weight = self.layers[0].input_norm
         # The op's own implementation, chosen once: a step has no time for its checks.
         self._rms_norm = dispatch.resolve("rms_norm", weight.device, None, weight).forward
-        self.rope = _rope_table(config.kv_channels, config.rope_theta, positions, weight.dtype)
+        heads, dim = model.decoder.layers[0].self_attention.num_query_groups_per_partition, self.config.kv_channels
+        self.mixed = heads, -1, dim
 
     @staticmethod
     def _layer(layer: torch.nn.Module) -> _Layer:
@@ -61,21 +62,17 @@ class DecodeLayers:
             mlp.linear_fc2.weight.t(),
         )
 
-    def __call__(self, hidden: Tensor, position: Tensor, cache: ResponseCache) -> Tensor:
-        """hidden [N, H] at positions int64 [N] -> [N, H], before the final norm."""
-        dim, eps = self.config.kv_channels, self.config.layernorm_epsilon
-        rope = self.rope.index_select(1, position)
-        cache.step(position)
+    def __call__(self, hidden: Tensor, attention: Attention) -> Tensor:
+        """hidden [n, H] -> [n, H], after the final norm on the last stage."""
         for index, layer in enumerate(self.layers):
-            mixed = F.linear(self.norm(hidden, layer.input_norm), layer.qkv)
-            mixed = mixed.view(len(hidden), cache.heads, -1, dim)
-            out = cache.attend(index, mixed, layer.q_norm, layer.k_norm, rope, eps, dim**-0.5)
+            mixed = F.linear(self._norm(hidden, layer.input_norm), layer.qkv).view(len(hidden), *self.mixed)
+            out = attention.attend(index, mixed, layer.q_norm, layer.k_norm, self.config)
             hidden = self._add(hidden, out, layer.proj)
-            gate, up = F.linear(self.norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
             hidden = self._add(hidden, F.silu(gate).mul_(up), layer.down)
-        return hidden
+        return hidden if self.final_norm is None else self._norm(hidden, self.final_norm)
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._rms_norm(x, weight, self.config.layernorm_epsilon)[0]
 
     def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ class DecodeLayers:
         return hidden + partial
 
 
-def _rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
+def rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
     """[2, positions, D], factors of x and of x rolled by D/2; a response token has one position on all axes."""
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency

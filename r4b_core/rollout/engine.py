@@ -20,14 +20,12 @@ from torch import Tensor
 
 from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.models.r4b.model import R4BModel, vision_rows
-from r4b_core.models.streams import pad_to_multiple
 from r4b_core.modes import Mode, ModeTokens
-from r4b_core.rollout.cache import PrefillStream, PromptCache, ResponseCache, whole_vectors
-from r4b_core.rollout.decode import DecodeLayers
+from r4b_core.rollout.cache import PromptAttention, PromptCache, ResponseCache
+from r4b_core.rollout.decode import DecoderLayers, rope_table
 from r4b_core.rollout.sampling import Draw, draw, uniform
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
 from r4b_kernels import scatter_vision
-from r4b_kernels.layout import PrefixLayout
 
 _NOT_FORCED = -1
 # Rows of ended responses stay in the batch until they are this share of it: making room costs a copy of the cache.
@@ -95,26 +93,16 @@ class EmbeddedEngine:
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[PromptCache, Tensor]:
         """Keys and values of all prompts, and the logits [G, V] of each prompt's next token."""
-        lengths = [len(prompt.tokens) for prompt in prompts]
-        layout = PrefixLayout.from_lengths(lengths)
-        starts = layout.offsets[:-1].long()
-        total = sum(lengths)
-        multiple = self.model.tp_group.size() if self.model.config.sequence_parallel else 1
-        position = torch.arange(total) - starts.repeat_interleave(torch.tensor(lengths))
-        columns = torch.arange(whole_vectors(max(lengths)))
-        index = torch.where(columns < torch.tensor(lengths)[:, None], starts[:, None] + columns, 0)
-        cache = PromptCache(lengths=torch.tensor(lengths))
-        stream = PrefillStream(layout, pad_to_multiple(position, multiple).expand(3, -1), index, cache)
-        embeddings = self._embed_prompts(prompts, multiple) if self.model.pre_process else None
+        layers, attention = DecoderLayers(self.model), PromptAttention([len(prompt.tokens) for prompt in prompts])
         hidden = self._through_stages(
-            lambda: self.model.decode(embeddings, stream), (total + -total % multiple) // multiple
+            lambda: self._embed_prompts(prompts), lambda x: layers(x, attention), len(attention.position)
         )
-        last = layout.offsets[1:].long() - 1
-        return cache, self._logits(hidden[last] if hidden is not None else None, len(prompts))
+        last = attention.layout.offsets[1:].long() - 1
+        return attention.cache, self._logits(hidden[last] if hidden is not None else None, len(prompts))
 
-    def _embed_prompts(self, prompts: Sequence[EncodedPrompt], multiple: int) -> Tensor:
+    def _embed_prompts(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         model = self.model
-        tokens = pad_to_multiple(torch.cat([prompt.tokens for prompt in prompts]), multiple)
+        tokens = torch.cat([prompt.tokens for prompt in prompts])
         patches = torch.cat([prompt.patches for prompt in prompts])
         grid = torch.cat([prompt.image_grid for prompt in prompts])
         first_patch, vision_index = 0, []
@@ -122,36 +110,30 @@ class EmbeddedEngine:
             index = prompt.vision_index
             vision_index.append(torch.where(index >= 0, index + first_patch, index))
             first_patch += len(prompt.patches)
-        vision_index.append(torch.full((len(tokens) - sum(map(len, vision_index)),), -1))
         cu_patches = F.pad(grid.prod(dim=1).cumsum(0), (1, 0)).to(torch.int32)
         features = model.embed_images(patches, grid, cu_patches)
         return scatter_vision(model.embed_tokens(tokens), features, vision_rows(torch.cat(vision_index), features))
 
-    def _through_stages(self, forward: Callable[[], Tensor], rows: int) -> Tensor | None:
-        """Run one forward through all pipeline stages; its result on the last stage, None on the others."""
-        model, shape = self.model, (rows, 1, self.model.config.hidden_size)
-        if not model.pre_process:
-            received = torch.empty(shape, dtype=model.config.params_dtype)
-            torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), self.pipeline)
-            model.set_input_tensor(received)
-        out = forward()
+    def _through_stages(
+        self, embed: Callable[[], Tensor], layers: Callable[[Tensor], Tensor], rows: int
+    ) -> Tensor | None:
+        """Run one forward [rows, H] through all pipeline stages; its result on the last stage, None on the others."""
+        model = self.model
+        if model.pre_process:
+            hidden = embed()
+        else:
+            hidden = torch.empty(rows, model.config.hidden_size, dtype=model.config.params_dtype)
+            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), self.pipeline)
+        out = layers(hidden)
         if model.post_process:
             return out
         torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), self.pipeline)
         return None
 
-    def decode(self, tokens: Tensor, position: Tensor, layers: DecodeLayers, cache: ResponseCache) -> Tensor:
-        """Logits [N, V] after one more token int64 [N] per row, at positions int64 [N]."""
-        model = self.model
-
-        def forward() -> Tensor:
-            hidden = self._embed_tokens(tokens) if model.pre_process else model.decoder.input_tensor.squeeze(1)
-            hidden = layers(hidden, position, cache)
-            if not model.post_process:
-                return hidden.unsqueeze(1)
-            return layers.norm(hidden, layers.final_norm)
-
-        return self._logits(self._through_stages(forward, len(tokens)), len(tokens))
+    def decode(self, tokens: Tensor, layers: DecoderLayers, cache: ResponseCache) -> Tensor:
+        """Logits [N, V] after one more token int64 [N] per row."""
+        hidden = self._through_stages(lambda: self._embed_tokens(tokens), lambda x: layers(x, cache), len(tokens))
+        return self._logits(hidden, len(tokens))
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         if self.model.tp_group.size() > 1:
@@ -212,8 +194,12 @@ class _ContinuousBatch:
         self.waiting = deque(range(count))
         self.prompt_lengths = prompts.lengths
         self.cache = ResponseCache(prompts, budget)
+        self.layers = DecoderLayers(engine.model)
         # An ended row draws on until its stretch ends: at most another budget.
-        self.layers = DecodeLayers(engine.model, int(prompts.lengths.max()) + 2 * budget)
+        config = engine.model.config
+        self.rope = rope_table(
+            config.kv_channels, config.rope_theta, int(prompts.lengths.max()) + 2 * budget, prompts.values[0].dtype
+        )
 
     def run(self) -> list[Rollout]:
         for _ in self.steps():
@@ -251,7 +237,7 @@ class _ContinuousBatch:
         """Decode the rows until enough have ended. Marks the ended ones; returns the last tokens and steps taken."""
         requests, begun = rows.tolist(), step.tolist()
         budget, turn_end = self.params.max_new_tokens, self.engine.mode_tokens.turn_end
-        points = uniform(self.seed[rows][:, None], step[:, None] + torch.arange(budget)).unbind(1)
+        points = uniform(self.seed[rows], step + torch.arange(budget)[:, None])
         prompt = self.prompt[rows]
         position = self.prompt_lengths[prompt] + step - 1
         limit = [budget] * len(rows)
@@ -259,7 +245,8 @@ class _ContinuousBatch:
         while len(rows) - sum(alive) < max(1, int(len(rows) * _ENDED_SHARE)):
             taken = len(drawn)
             if taken or max(begun):
-                logits = self.engine.decode(token, position + taken, self.layers, self.cache)
+                self.cache.step(position + taken, self.rope.index_select(1, position + taken))
+                logits = self.engine.decode(token, self.layers, self.cache)
             if not taken and not min(begun):
                 # A new row's first token follows from its prompt; what was decoded for it went nowhere.
                 first = self.prompt_logits[prompt]

@@ -5,10 +5,11 @@ Shapes: N requests, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from r4b_kernels import dispatch
 
 _MASK = (1 << 64) - 1
 
@@ -46,8 +47,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-@dataclass
-class Draw:
+class Draw(NamedTuple):
     """token int64 [N]; logprob and entropy float32 [N] of the full distribution."""
 
     token: Tensor
@@ -56,36 +56,14 @@ class Draw:
 
 
 def draw(logits: Tensor, point: Tensor, forced: Tensor | None, temperature: float, top_p: float) -> Draw:
-    """Draw the next token of every request by inverting the CDF at its point.
+    """`r4b_kernels.draw_tokens` without its checks, for which a step has no time.
 
     Args:
-        logits: float [N, V].
+        logits: float32 [N, V], contiguous as the others are.
         point: float64 [N] in [0, 1), see `uniform`.
         forced: int64 [N], a token to take whatever its probability, or -1; None forces none.
         temperature: 0 takes the most probable token; log-probs are then those at temperature 1.
         top_p: nucleus; log-probs stay those of the full distribution.
     """
-    logits = logits.float()
-    logprobs = torch.log_softmax(logits / temperature if temperature not in (0.0, 1.0) else logits, dim=-1)
-    probs = logprobs.exp()
-    entropy = torch.special.entr(probs).sum(-1)
-    if temperature == 0:
-        token = logprobs.argmax(-1)
-    else:
-        token = _invert_cdf(probs if top_p >= 1 else _nucleus(probs, top_p), point)
-    if forced is not None:
-        token = torch.where(forced >= 0, forced, token)
-    return Draw(token, logprobs.gather(1, token[:, None]).squeeze(1), entropy)
-
-
-def _invert_cdf(probs: Tensor, point: Tensor) -> Tensor:
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    # A point below 1 times the total stays below the total, so the token is always one with a probability.
-    return torch.searchsorted(cdf, (point * cdf[:, -1])[:, None], right=True).squeeze(1)
-
-
-def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Zero every token outside the smallest set whose probability reaches ``top_p``."""
-    ordered, index = probs.sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    return torch.zeros_like(probs).scatter_(-1, index, ordered.masked_fill(outside, 0.0))
+    backend = dispatch.resolve("draw_tokens", logits.device, None, logits)
+    return Draw(*backend.forward(logits, point, forced, temperature, top_p))

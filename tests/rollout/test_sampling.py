@@ -67,7 +67,7 @@ def test_draws_follow_the_distribution() -> None:
     n = 20_000
     logits = torch.tensor([0.0, 2.0, -1.0, 1.0, -4.0])
     seed = torch.tensor([request_seed(5, i) for i in range(n)])
-    drawn = draw(logits.expand(n, -1), uniform(seed, torch.tensor(0)), None, 0.7, 1.0)
+    drawn = draw(logits.expand(n, -1).contiguous(), uniform(seed, torch.tensor(0)), None, 0.7, 1.0)
     probability = (logits / 0.7).softmax(-1)
     assert abs(chi_square(torch.bincount(drawn.token, minlength=5), n * probability)) < 4
     torch.testing.assert_close(drawn.logprob, probability.log()[drawn.token])
@@ -80,7 +80,7 @@ def test_top_p_keeps_the_nucleus_and_reports_the_full_distribution() -> None:
     seed = torch.arange(n) * 7919
     # 0.4 + 0.3 reach 0.65; 0.75 takes one more; the first token stays however small the nucleus.
     for top_p, nucleus in ((0.65, {1, 3}), (0.75, {1, 3, 4}), (1e-6, {1}), (0.999, {0, 1, 2, 3, 4})):
-        drawn = draw(probability.log().expand(n, -1), uniform(seed, torch.tensor(0)), None, 1.0, top_p)
+        drawn = draw(probability.log().expand(n, -1).contiguous(), uniform(seed, torch.tensor(0)), None, 1.0, top_p)
         assert set(drawn.token.tolist()) == nucleus
         torch.testing.assert_close(drawn.logprob, probability.log()[drawn.token])
         inside = torch.tensor(sorted(nucleus))
@@ -107,9 +107,9 @@ def test_an_impossible_token_is_never_drawn_at_the_edges_of_the_cdf() -> None:
     logits = torch.tensor([-float("inf"), 0.0, -float("inf"), 3.0, -float("inf")])
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     for top_p, last in ((1.0, 3), (0.99, 3)):
-        drawn = draw(logits.expand(2, -1), edges, None, 1.0, top_p)
+        drawn = draw(logits.expand(2, -1).contiguous(), edges, None, 1.0, top_p)
         assert drawn.token.tolist() == [1, last]
-    assert draw(logits.expand(2, -1), edges, None, 1.0, 0.5).token.tolist() == [3, 3]
+    assert draw(logits.expand(2, -1).contiguous(), edges, None, 1.0, 0.5).token.tolist() == [3, 3]
     for _ in range(50):
         probs = torch.rand(1, 1000).softmax(-1)
         assert int(draw(probs.log(), edges[1:], None, 1.0, 1.0).token) == 999

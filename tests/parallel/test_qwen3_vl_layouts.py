@@ -1,0 +1,20 @@
+"""Qwen3-VL under every layout, many cases in one launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.launch import run_ranks
+
+CASES = Path(__file__).with_name("ranks_qwen3_vl.py")
+
+
+def test_qwen3_vl_on_two_ranks() -> None:
+    assert "2 passed" in run_ranks(CASES, 2)
+
+
+@pytest.mark.slow
+def test_qwen3_vl_on_four_ranks() -> None:
+    assert "2 passed" in run_ranks(CASES, 4, timeout=1200)

@@ -40,6 +40,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 MAX_HEAD_DIM = 256
+# Bytes of shared memory that the kernels of heads over 128 need; others fit every GPU from compute capability 8.0 on.
+WIDE_HEADS_SHARED = 163_840
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ def refuses(q: Tensor) -> str | None:
             return "float64 is for the interpreter only"
         if q.shape[-1] * q.dtype.itemsize % 16:
             return f"head_dim D={q.shape[-1]} of {q.dtype} is not a multiple of 16 bytes"
+        if q.shape[-1] > 128:
+            most = triton.runtime.driver.active.utils.get_device_properties(q.device.index or 0)["max_shared_mem"]
+            if most < WIDE_HEADS_SHARED:
+                return f"head_dim D={q.shape[-1]} takes {WIDE_HEADS_SHARED} bytes of shared memory, a block has {most}"
     return None
 
 

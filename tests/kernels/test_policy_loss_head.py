@@ -52,6 +52,21 @@ def ours(hidden: Tensor, weight: Tensor, rows: dict, temperature: float, kl_coef
     )
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Its gradient is a constant to autograd, so that a second derivative would be silently wrong."""
+    hidden, weight, rows = make(7, 5, 3)
+    loss = ours(hidden.requires_grad_(), weight, rows, 1.0, 0.05).loss
+    with pytest.raises(NotImplementedError, match="policy_loss_head has no second derivative.*create_graph"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["old_logprob", "advantage", "row_weight", "ref_logprob"])
+def test_a_row_elsewhere_is_refused(name: str) -> None:
+    hidden, weight, rows = make(7, 5, 3)
+    with pytest.raises(ValueError, match=f"{name} is on meta and hidden on cpu"):
+        ours(hidden, weight, rows | {name: rows[name].to("meta")}, 1.0, 0.05)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_chunks, "_CHUNK_ELEMENTS", 1)

@@ -95,6 +95,8 @@ def group_advantage(
     dispatch.check_devices(
         "rewards", rewards.device, group_offsets=group_offsets, mode=mode, token_offsets=token_offsets
     )
+    if token_offsets is None and num_tokens is not None:
+        raise ValueError(f"num_tokens={num_tokens} needs token_offsets: it is their last entry")
     if token_offsets is None:
         num_tokens = 0
     elif num_tokens is None:

@@ -234,7 +234,10 @@ def _move(matrix, listed, ids, slots, start, columns, stride, TAKE: tl.constexpr
         tl.store(place, value.to(matrix.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "tokens"])
+# Rows of one tensor, aligned or not by the number of rows: no reason to compile anew.
+@triton.jit(
+    do_not_specialize=["first", "tokens"], do_not_specialize_on_alignment=["maximum", "total", "weighted", "offset"]
+)
 def _score(
     listed,
     maximum,

@@ -207,7 +207,6 @@ def _reduce(
     for begin in range(0, columns, BLOCK):
         column = begin + lane
         value = tl.load(z + column, mask=column < columns, other=float("-inf"))
-        # The reduction is also the barrier that lets powers lie over z: every thread has read when one writes.
         peak = tl.max(value, 0)
         if peak > offset + SLACK:
             shift = offset - peak
@@ -227,6 +226,8 @@ def _reduce(
         # The bound keeps 0 * -inf out, beyond the last column.
         weighted += power * tl.maximum(distance, -1000.0)
         if STORE:
+            # powers may lie over z: no thread writes before all have read.
+            tl.debug_barrier()
             tl.store(powers + column, power.to(powers.dtype.element_ty), mask=column < columns)
     shift = offset - maximum
     factor = tl.exp(shift)

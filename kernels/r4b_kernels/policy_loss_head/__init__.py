@@ -11,7 +11,7 @@ from torch import Tensor
 from r4b_kernels import dispatch
 from r4b_kernels.policy_loss_head import cpu, reference
 from r4b_kernels.precision import accumulation_dtype
-from r4b_kernels.vocabulary import check_head, group_name
+from r4b_kernels.vocabulary import check_first_derivative, check_head, group_name
 
 __all__ = ["PolicyLoss", "policy_loss_head"]
 
@@ -102,6 +102,7 @@ def policy_loss_head(
             raise ValueError(
                 f"{name} must be floating-point [T] with T={target.shape[0]}, it is {value.dtype} {tuple(value.shape)}"
             )
+    dispatch.check_devices("hidden", hidden.device, **rows)
     if not 0.0 <= clip_low <= 1.0:
         raise ValueError(f"clip_low={clip_low}: must lie in [0, 1], the ratio is clipped from below at 1 - clip_low")
     if not clip_high >= 0.0:
@@ -179,6 +180,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     nothing = (None,) * 13
     if grad_loss is None:
         return None, None, *nothing
+    check_first_derivative("policy_loss_head")
     grad_hidden, grad_weight, *inputs = ctx.saved_tensors
     if ctx.spent:
         *_, grad_hidden, grad_weight = _policy_loss_head(*inputs, *ctx.scalars)

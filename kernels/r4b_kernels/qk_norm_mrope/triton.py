@@ -105,7 +105,10 @@ def _launch(q: Tensor, k: Tensor, heads: int) -> tuple[tuple[int, int], dict]:
 
 
 def _frequencies(q: Tensor, theta: float, axes: Sequence[int]) -> Tensor:
-    return _frequencies_of(q.shape[-1], theta, tuple(axes), accumulation_dtype(q.dtype), q.device)
+    # What a capture makes is the graph's own memory: nobody else may keep it.
+    capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    make = _frequencies_of.__wrapped__ if capturing else _frequencies_of
+    return make(q.shape[-1], theta, tuple(axes), accumulation_dtype(q.dtype), q.device)
 
 
 @lru_cache(maxsize=64)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime import driver
 
 from r4b_kernels import _varlen_schedule, _varlen_triton
 from r4b_kernels.prefix_attention.triton import Backend
@@ -70,3 +74,15 @@ def test_float16(recording) -> None:
 def test_float32(head_dim: int, recording) -> None:
     """Exact products, on the float32 units."""
     assert all(kernel.hgmma == kernel.hmma == 0 for kernel in compiled(recording, head_dim, torch.float32))
+
+
+@pytest.mark.parametrize(("most", "refused"), [(101_376, True), (232_448, False)])
+def test_wide_heads_are_refused_where_shared_memory_is_short(
+    most: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utilities = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": most})
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utilities))
+    with FakeTensorMode():
+        wide, usual = (torch.empty(4, 2, dim, dtype=torch.bfloat16, device="cuda") for dim in (256, 128))
+    assert bool(_varlen_triton.refuses(wide)) is refused
+    assert _varlen_triton.refuses(usual) is None

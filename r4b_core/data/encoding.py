@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -28,12 +28,14 @@ class EncodedPrompt:
         vision_index: int64 [n], the patch (of this prompt's) that a token stands for; -1 text, -2 row separator.
         patches: float32 [P, C].
         image_grid: int64 [I, 3], (time, height, width) in patches.
+        escaped: tags of the chat template that stood in the user's own text and were made plain text.
     """
 
     tokens: Tensor
     vision_index: Tensor
     patches: Tensor
     image_grid: Tensor
+    escaped: int = field(default=0, kw_only=True)
 
     @property
     def num_tokens(self) -> int:

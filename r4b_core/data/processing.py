@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from r4b_core.data.images import ImageError
 from r4b_core.modes import IMAGE, THINK_CLOSE, THINK_OPEN
 
-_MEAN, _STD = 0.5, 0.5
+# (x / 255 - mean) / std with mean = std = 0.5
+_SCALE, _SHIFT = 2 / 255, 1.0
 _TEMPLATE_TAG = re.compile(rf"<\|\w+\|>|{THINK_OPEN}|{THINK_CLOSE}")
 
 
@@ -49,11 +55,57 @@ def image_to_patches(
         ImageError: see ``patch_grid``.
     """
     rows, columns = patch_grid(image, patch_size)
-    tiles = image.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
-    patches = tiles.reshape(rows * columns, -1).astype(np.float32)
-    patches *= np.float32(1 / (255 * _STD))
-    patches -= np.float32(_MEAN / _STD)
-    return patches, (1, rows, columns)
+    patches = torch.empty(rows * columns, 3 * patch_size**2)
+    write_patches(image, patches, patch_size)
+    return patches.numpy(), (1, rows, columns)
+
+
+def write_patches(image: NDArray[np.uint8], out: Tensor, patch_size: int, merge: int = 1, frames: int = 1) -> None:
+    """Cut an image whose sides are multiples of ``patch_size * merge`` into the rows of ``out``, normalised.
+
+    Args:
+        image: uint8 [height, width, 3].
+        out: float32 [P, 3 * frames * patch_size^2], each row flattened [channel, frame, y, x].
+        merge: rows go block by block of merge x merge patches, in raster order of blocks and within each.
+        frames: how often a still image is repeated for a patch embedding that takes several frames.
+    """
+    rows, columns = image.shape[0] // (patch_size * merge), image.shape[1] // (patch_size * merge)
+    tiles = image.reshape(rows, merge, patch_size, columns, merge, patch_size, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    pixels = torch.from_numpy(tiles.reshape(len(out), 3, 1, patch_size**2))
+    out = out.view(len(out), 3, frames, patch_size**2)
+    first = out[:, :, :1]
+    first.copy_(pixels).mul_(_SCALE).sub_(_SHIFT)
+    if frames > 1:
+        out[:, :, 1:] = first
+
+
+def resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Bicubic with antialiasing, uint8 [height, width, 3], to the bit as Pillow does it."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def check_pixels(image: NDArray[np.uint8]) -> tuple[int, int]:
+    """Height and width of an image.
+
+    Raises:
+        ImageError: if it is not uint8 [height, width, 3] or holds no pixel.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ImageError(f"image is {image.dtype} {list(image.shape)}: give uint8 [height, width, 3] with pixels in it")
+    return image.shape[0], image.shape[1]
+
+
+def for_each(work: Sequence[Callable[[], None]], threads: int) -> None:
+    """Do all work, on ``threads`` threads where that is more than one."""
+    if threads == 1 or len(work) < 2:
+        for task in work:
+            task()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(task) for task in work]:
+            done.result()
 
 
 def check_question(question: str, num_images: int) -> str:

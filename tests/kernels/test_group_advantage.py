@@ -188,6 +188,7 @@ def test_operator_contract_and_compile() -> None:
         ({"mode": torch.tensor([0, 1, 2, 0])}, "mode"),
         ({"baseline": "median"}, "baseline"),
         ({"mode": torch.zeros(4, dtype=torch.int64, device="meta")}, "mode is on meta and rewards on cpu"),
+        ({"num_tokens": 4}, "num_tokens=4 needs token_offsets"),
         ({"token_offsets": torch.tensor([0, 1, 2])}, "token_offsets"),
         ({"token_offsets": torch.tensor([0, 1, 2, 3, 4]), "num_tokens": 5}, "token_offsets"),
     ],

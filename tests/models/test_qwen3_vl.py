@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3VLForConditionalGeneration
 
 from r4b_core.config.recipe import BpoConfig, ModelConfig, ParallelConfig
@@ -41,7 +44,7 @@ def pair(**shape: object) -> tuple[Qwen3VLModel, Qwen3VLForConditionalGeneration
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return model, oracle
+    return model.eval(), oracle
 
 
 def make(
@@ -104,6 +107,7 @@ def test_responses_to_one_prompt_go_on_at_its_position(share_prefix: bool) -> No
 def test_recomputed_layers_give_the_same_gradients() -> None:
     model, _ = pair()
     batch, _ = make("packed", model.shape)
+    model.train()
     calls: list[int] = []
     model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     found = []
@@ -115,6 +119,32 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
         found.append(gradients(model))
         assert len(calls) == passes, "recomputed layers run once more in the backward pass"
     assert_same_gradients(found[1], found[0], 1e-6)
+
+
+def test_a_frozen_tower_leaves_the_decoder_its_gradients() -> None:
+    model, _ = pair()
+    batch, _ = make("packed", model.shape)
+    found = []
+    for trained in (True, False):
+        model.vision.requires_grad_(trained)
+        loss, _, _ = sft_head(model, batch, model(batch))
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if not name.startswith("vision")})
+        assert all((p.grad is not None) == trained for p in model.vision.parameters())
+        model.zero_grad()
+    assert_same_gradients(found[1], found[0], 1e-6)
+
+
+def test_bfloat16_is_as_exact_as_transformers() -> None:
+    model, oracle = pair()
+    batch, items = make("packed", model.shape)
+    with torch.no_grad():
+        exact = model(batch) @ model.head_weight().T
+        model.to(torch.bfloat16)
+        mine = (model(batch) @ model.head_weight().T).float()
+        oracle.to(torch.bfloat16)
+        theirs = torch.cat([their_logits(oracle, model.shape, prompt, response) for prompt, response in items])
+    assert (mine - exact).norm() <= 1.2 * (theirs.float() - exact).norm()
 
 
 def test_losses_run_on_the_model_as_it_is() -> None:
@@ -137,15 +167,22 @@ def test_row_separators_are_refused() -> None:
         model(batch)
 
 
-def test_named_sizes_have_the_published_parameters() -> None:
-    """Counts of transformers' classes with our shapes; tied heads are counted once."""
-    counts = {}
-    for size in ("2b", "4b", "8b"):
-        with torch.device("meta"):
-            theirs = Qwen3VLForConditionalGeneration(their_config(SIZES[size]))
-        weights = to_megatron(dict(theirs.named_parameters()), SIZES[size])
-        counts[size] = sum(weight.numel() for weight in weights.values())
-    assert counts == {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696}
+PUBLISHED = {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_named_sizes_have_the_published_parameters(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built without memory: names and shapes are those of transformers' class, their number the checkpoints'."""
+    unseeded = SimpleNamespace(fork=contextlib.nullcontext)
+    monkeypatch.setattr("megatron.core.tensor_parallel.layers.get_cuda_rng_tracker", lambda: unseeded)
+    with FakeTensorMode():
+        model = Qwen3VLModel(SIZES[size], ParallelConfig(), "bfloat16")
+    with torch.device("meta"):
+        theirs = Qwen3VLForConditionalGeneration(their_config(SIZES[size]))
+    wanted = to_megatron(dict(theirs.named_parameters()), SIZES[size])
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert shapes == {name: weight.shape for name, weight in wanted.items()}
+    assert sum(shape.numel() for shape in shapes.values()) == PUBLISHED[size]
 
 
 @pytest.mark.parametrize(

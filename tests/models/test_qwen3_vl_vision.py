@@ -65,6 +65,19 @@ def test_an_image_as_large_as_the_position_table_takes_its_entries_as_they_are()
     assert index[:5, 0].tolist() == [0, 1, 4, 5, 2], "patches lie block by block"
 
 
+def test_patches_with_all_frames_are_taken_as_they_are() -> None:
+    tower, _, config = pair()
+    prompt = random_prompt(torch.Generator().manual_seed(0), config, 1, [(2, 4)])
+    cu_patches = torch.tensor([0, 8], dtype=torch.int32)
+    one, both = (
+        tower(patches, prompt.image_grid, cu_patches)[0]
+        for patches in (prompt.patches, their_patches(prompt.patches, config))
+    )
+    assert torch.equal(one, both)
+    with pytest.raises(ValueError, match="patches have 147 values, expected 48 .* or 2 times as many"):
+        tower(torch.zeros(8, 147), prompt.image_grid, cu_patches)
+
+
 def test_grids_that_do_not_fit_are_refused() -> None:
     tower, _, config = pair()
     cu_patches = torch.tensor([0, 6], dtype=torch.int32)

@@ -59,14 +59,23 @@ class VisionTower(MegatronModule):
     def embed(self, patches: Tensor, places: PatchPlaces) -> Tensor:
         """[P, Hv]: the patch convolution as one linear, plus the position table at the patches' places.
 
-        The convolution spans several frames; a still image is the same in each.
+        The convolution spans several frames; patches with one frame, [P, 3 * patch_size^2], are the same in each.
+
+        Raises:
+            ValueError: if patches have neither one frame nor all.
         """
         frames, pixels = self.shape.temporal_patch_size, self.shape.patch_size**2
         patches = patches.to(self.patch_embed.weight.dtype)
-        repeated = patches.view(-1, 3, 1, pixels).expand(-1, 3, frames, pixels).flatten(1)
+        if patches.shape[1] == 3 * pixels:
+            patches = patches.view(-1, 3, 1, pixels).expand(-1, 3, frames, pixels).flatten(1)
+        elif patches.shape[1] != 3 * frames * pixels:
+            raise ValueError(
+                f"patches have {patches.shape[1]} values, expected {3 * pixels} (3 x {self.shape.patch_size}^2 of one "
+                f"frame) or {frames} times as many: cut the images with patch_size = {self.shape.patch_size}"
+            )
         index, weight = bilinear_taps(places, self.shape.vision_position_side)
         position = (self.position(index) * weight.unsqueeze(2)).sum(1)
-        return self.patch_embed(repeated) + position.to(patches.dtype)
+        return self.patch_embed(patches) + position.to(patches.dtype)
 
 
 class PatchMerger(MegatronModule):

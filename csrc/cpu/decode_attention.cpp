@@ -95,6 +95,15 @@ void norm_and_turn(
   });
 }
 
+// Scores of which the last whole vector may hold more than count: what is beyond becomes -inf. Vectors are read and
+// written whole, because a processor waits where it reads a vector of which a part has just been written.
+void hide_rest(float* scores, int64_t count) {
+  if (const int64_t rest = count % kLanes; rest > 0) {
+    float* last = scores + count - rest;
+    vector::store(last, vector::first(vector::load(last), rest, kNever));
+  }
+}
+
 // scores -> their exponentials over the largest, in place; returns the sum.
 float exponentials(float* scores, int64_t columns) {
   Floats most = vector::load(scores), total{};
@@ -148,8 +157,8 @@ struct Step {
       const float* of_row = keys + (head * rows + n) * dim * own;
       multiply(share, dim, written, queries, dim, of_row, own, nullptr, scores + shared, stride());
       for (int64_t q = 0; q < share; ++q, scores += stride()) {
-        std::fill(scores + length, scores + shared, kNever);
-        std::fill(scores + shared + seen, scores + shared + written, kNever);
+        hide_rest(scores, length);
+        hide_rest(scores + shared, seen);
         *totals++ = exponentials(scores, shared + written);
       }
     }

@@ -1,4 +1,4 @@
-// exp of eight floats at once.
+// What a softmax needs of eight floats at once: their largest, their exponentials, and some of them.
 
 #pragma once
 
@@ -12,10 +12,16 @@ using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Pairwise, as `sum` goes.
 inline float largest(Floats x) {
-  float most = x[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) most = x[lane] > most ? x[lane] : most;
-  return most;
+  const auto pair = [](float a, float b) { return a > b ? a : b; };
+  return pair(pair(pair(x[0], x[4]), pair(x[2], x[6])), pair(pair(x[1], x[5]), pair(x[3], x[7])));
+}
+
+// The first count lanes, and `other` in the rest.
+inline Floats first(Floats x, int64_t count, float other) {
+  constexpr Ints kPlaces = {0, 1, 2, 3, 4, 5, 6, 7};
+  return kPlaces < static_cast<int32_t>(count) ? x : Floats{} + other;
 }
 
 // e^x for x <= 88, within 2 units in the last place; 0 below -87, where float32's normal numbers end.

@@ -47,7 +47,7 @@ class PromptCache:
 class Attention(Protocol):
     """What the tokens of a forward pass attend to: prompts to themselves, responses to their prompt and themselves."""
 
-    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, config: DecoderConfig) -> Tensor:
+    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         """Norm, turn and attend in local layer ``layer`` (0-based).
 
         Args:
@@ -63,7 +63,8 @@ class Attention(Protocol):
 class PromptAttention:
     """Attends like training does, and keeps the keys and values of every prompt."""
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], config: DecoderConfig) -> None:
+        self.config = config
         self.cache = PromptCache(lengths=torch.tensor(lengths))
         self.layout = PrefixLayout.from_lengths(lengths)
         starts = self.layout.offsets[:-1].long()
@@ -72,7 +73,7 @@ class PromptAttention:
         columns = torch.arange(whole_vectors(max(lengths)))
         self.index = torch.where(columns < self.cache.lengths[:, None], starts[:, None] + columns, 0)
 
-    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, config: DecoderConfig) -> Tensor:
+    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         share = mixed.shape[2] - 2
         query, key = qk_norm_mrope(
             mixed[:, :, :share].flatten(1, 2),
@@ -80,8 +81,8 @@ class PromptAttention:
             q_norm,
             k_norm,
             self.position.expand(3, -1),
-            theta=config.rope_theta,
-            eps=config.layernorm_epsilon,
+            theta=self.config.rope_theta,
+            eps=self.config.layernorm_epsilon,
         )
         value = mixed[:, :, share + 1]
         self.cache.keys.append(key[self.index].permute(2, 0, 3, 1).contiguous())
@@ -95,7 +96,7 @@ class ResponseCache:
     Rows are sorted by prompt. A row's tokens stand in its own columns in their order; what lies after them is not seen.
     """
 
-    def __init__(self, prompts: PromptCache, max_length: int) -> None:
+    def __init__(self, prompts: PromptCache, max_length: int, config: DecoderConfig) -> None:
         self.all_prompts = self.prompts = prompts
         columns = whole_vectors(max_length)
         self.keys = [key.new_zeros(key.shape[0], 0, key.shape[2], columns) for key in prompts.keys]
@@ -104,6 +105,12 @@ class ResponseCache:
         # The op's own implementation, chosen once: a step has no time for its checks.
         sample = prompts.values[0], self.values[0]
         self._attention = dispatch.resolve("decode_attention", sample[0].device, None, *sample).forward
+        dim, self._eps = config.kv_channels, config.layernorm_epsilon
+        self._scale = dim**-0.5
+        # An ended row may be decoded on, until its neighbours have ended: at most for another response.
+        self._rope_table = _rope_table(
+            dim, config.rope_theta, int(prompts.lengths.max()) + 2 * max_length, sample[0].dtype
+        )
 
     def rearrange(self, kept: Tensor, admitted: Tensor, more_to_come: bool) -> Tensor:
         """Keep some rows and add empty ones.
@@ -137,16 +144,15 @@ class ResponseCache:
         self.offsets = F.pad(counts.cumsum(0), (1, 0))
         self._lengths = self.prompts.lengths[group]
 
-    def step(self, position: Tensor, rope: Tensor) -> None:
+    def step(self, position: Tensor) -> None:
         """Call once before a decode step's layers: every row gets its token at a position int64 [N].
 
-        A position before a row's first makes it idle; one past its last column overwrites that one. ``rope`` is
-        [2, N, D], the positions' part of `rope_table`.
+        A position before a row's first makes it idle; one past its last column overwrites that one.
         """
         self._column = position - self._lengths
-        self._rope = rope
+        self._rope = self._rope_table.index_select(1, position)
 
-    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor, config: DecoderConfig) -> Tensor:
+    def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         """See `Attention`; one token per row, by `r4b_kernels.decode_attention`."""
         return self._attention(
             mixed,
@@ -160,8 +166,8 @@ class ResponseCache:
             self.offsets,
             self.keys[layer],
             self.values[layer],
-            config.layernorm_epsilon,
-            mixed.shape[3] ** -0.5,
+            self._eps,
+            self._scale,
         )
 
 
@@ -176,3 +182,11 @@ def _pick(x: Tensor, rows: Tensor) -> Tensor:
 
 def _zeros(x: Tensor, rows: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0], len(rows), *x.shape[2:])
+
+
+def _rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
+    """[2, positions, D], factors of x and of x rolled by D/2; a response token has one position on all axes."""
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).to(dtype)

@@ -66,7 +66,7 @@ class DecoderLayers:
         """hidden [n, H] -> [n, H], after the final norm on the last stage."""
         for index, layer in enumerate(self.layers):
             mixed = F.linear(self._norm(hidden, layer.input_norm), layer.qkv).view(len(hidden), *self.mixed)
-            out = attention.attend(index, mixed, layer.q_norm, layer.k_norm, self.config)
+            out = attention.attend(index, mixed, layer.q_norm, layer.k_norm)
             hidden = self._add(hidden, out, layer.proj)
             gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
             hidden = self._add(hidden, F.silu(gate).mul_(up), layer.down)
@@ -82,11 +82,3 @@ class DecoderLayers:
         partial = x @ weight
         torch.distributed.all_reduce(partial, group=self.tp_group)
         return hidden + partial
-
-
-def rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
-    """[2, positions, D], factors of x and of x rolled by D/2; a response token has one position on all axes."""
-    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).to(dtype)

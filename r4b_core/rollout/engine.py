@@ -22,7 +22,7 @@ from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.models.r4b.model import R4BModel, vision_rows
 from r4b_core.modes import Mode, ModeTokens
 from r4b_core.rollout.cache import PromptAttention, PromptCache, ResponseCache
-from r4b_core.rollout.decode import DecoderLayers, rope_table
+from r4b_core.rollout.decode import DecoderLayers
 from r4b_core.rollout.sampling import Draw, draw, uniform
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
 from r4b_kernels import scatter_vision
@@ -93,7 +93,8 @@ class EmbeddedEngine:
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[PromptCache, Tensor]:
         """Keys and values of all prompts, and the logits [G, V] of each prompt's next token."""
-        layers, attention = DecoderLayers(self.model), PromptAttention([len(prompt.tokens) for prompt in prompts])
+        layers = DecoderLayers(self.model)
+        attention = PromptAttention([len(prompt.tokens) for prompt in prompts], self.model.config)
         hidden = self._through_stages(
             lambda: self._embed_prompts(prompts), lambda x: layers(x, attention), len(attention.position)
         )
@@ -130,8 +131,9 @@ class EmbeddedEngine:
         torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), self.pipeline)
         return None
 
-    def decode(self, tokens: Tensor, layers: DecoderLayers, cache: ResponseCache) -> Tensor:
-        """Logits [N, V] after one more token int64 [N] per row."""
+    def decode(self, tokens: Tensor, position: Tensor, layers: DecoderLayers, cache: ResponseCache) -> Tensor:
+        """Logits [N, V] after one more token int64 [N] per row, at positions int64 [N]."""
+        cache.step(position)
         hidden = self._through_stages(lambda: self._embed_tokens(tokens), lambda x: layers(x, cache), len(tokens))
         return self._logits(hidden, len(tokens))
 
@@ -193,13 +195,8 @@ class _ContinuousBatch:
         self.stopped = [False] * count
         self.waiting = deque(range(count))
         self.prompt_lengths = prompts.lengths
-        self.cache = ResponseCache(prompts, budget)
+        self.cache = ResponseCache(prompts, budget, engine.model.config)
         self.layers = DecoderLayers(engine.model)
-        # An ended row draws on until its stretch ends: at most another budget.
-        config = engine.model.config
-        self.rope = rope_table(
-            config.kv_channels, config.rope_theta, int(prompts.lengths.max()) + 2 * budget, prompts.values[0].dtype
-        )
 
     def run(self) -> list[Rollout]:
         for _ in self.steps():
@@ -245,8 +242,7 @@ class _ContinuousBatch:
         while len(rows) - sum(alive) < max(1, int(len(rows) * _ENDED_SHARE)):
             taken = len(drawn)
             if taken or max(begun):
-                self.cache.step(position + taken, self.rope.index_select(1, position + taken))
-                logits = self.engine.decode(token, self.layers, self.cache)
+                logits = self.engine.decode(token, position + taken, self.layers, self.cache)
             if not taken and not min(begun):
                 # A new row's first token follows from its prompt; what was decoded for it went nowhere.
                 first = self.prompt_logits[prompt]

@@ -18,7 +18,7 @@ from r4b_core.rollout.engine import EmbeddedEngine, _ContinuousBatch, bimode_req
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
-from r4b_kernels import linear_logprob
+from r4b_kernels import dispatch, linear_logprob, native
 from tests.models.build import SMALL, one_batch, random_prompt, small_model
 
 VOCABULARY = 60  # of the tokenizer; the head has 64 rows
@@ -77,6 +77,29 @@ def test_logprobs_and_entropies_are_those_of_the_training_forward(
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprob, rtol=0, atol=2e-5)
         torch.testing.assert_close(torch.tensor(rollout.entropies), entropy, rtol=0, atol=2e-5)
         assert rollout.mode is request.mode and rollout.seed == request.seed
+
+
+@pytest.mark.skipif(native.cpu_available(torch.device("cpu")) is not None, reason="the C++ backends are not built")
+def test_composed_torch_serves_where_the_native_ops_are_missing(
+    model: R4BModel, prompts: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, params = requests_for(len(prompts)), SamplingParams(16, top_p=0.9)
+    engine = EmbeddedEngine(model, MODES, VOCABULARY, batch=6)
+    want = engine.generate(prompts, requests, params)
+    for op in ("rms_norm", "qk_norm_mrope", "decode_attention", "draw_tokens"):
+        assert dispatch._CHOSEN[op, "cpu"] == "native"
+        monkeypatch.setitem(dispatch._CHOSEN, (op, "cpu"), "cpu")
+    assert_same(engine.generate(prompts, requests, params), want)
+
+
+def test_half_precision(prompts: list[EncodedPrompt]) -> None:
+    model = small_model(dtype=torch.bfloat16)
+    engine = EmbeddedEngine(model, MODES, VOCABULARY)
+    for request, rollout in zip(
+        requests_for(4), engine.generate(prompts, requests_for(4), SamplingParams(8)), strict=True
+    ):
+        logprob, _ = training_forward(model, prompts[request.prompt], rollout.tokens, 1.0)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), logprob.float(), rtol=0, atol=0.05)
 
 
 def test_the_engine_reads_the_weights_in_place(prompts: list[EncodedPrompt]) -> None:

@@ -20,24 +20,20 @@ from r4b_core.models.streams import Stream
 class DecoderModel(LanguageModule):
     """Token embedding on the first stage, decoder layers over all, final norm and head weight on the last.
 
-    Args:
-        settings: of the decoder; its num_layers are those of all stages.
-        vocab_size: V.
-        tie_embeddings: whether the head is the embedding table.
-        layer: the class of the decoder's layers.
+    A family adds its eyes between the constructor and `build_decoder`: gradient buckets follow the order in which
+    modules are added, which should be that of the forward pass.
     """
 
-    def __init__(
-        self,
-        settings: DecoderConfig,
-        vocab_size: int,
-        tie_embeddings: bool,
-        layer: type[TransformerLayer] = TransformerLayer,
-    ) -> None:
+    def __init__(self, settings: DecoderConfig, tie_embeddings: bool) -> None:
+        """``settings`` are the decoder's, with the layers of all stages; a tied head is the embedding table."""
         super().__init__(config=settings)
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.share_embeddings_and_output_weights = tie_embeddings
+
+    def build_decoder(self, vocab_size: int, layer: type[TransformerLayer] = TransformerLayer) -> None:
+        """Add this stage's part of embedding, layers (of class ``layer``), final norm and head."""
+        settings = self.config
         if self.pre_process:
             # Images are scattered into the whole stream, so sequence parallelism splits it only afterwards.
             self.embedding = LanguageModelEmbedding(
@@ -57,7 +53,7 @@ class DecoderModel(LanguageModule):
                 init_method=settings.init_method,
                 bias=False,
                 gather_output=False,
-                skip_weight_param_allocation=self.pre_process and tie_embeddings,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
             )
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()

@@ -55,11 +55,11 @@ class Qwen3VLModel(DecoderModel):
     """Vision tower and DeepStack on the first stage, decoder layers over all, final norm and head on the last."""
 
     def __init__(self, config: Qwen3VLConfig, parallel: ParallelConfig, dtype: str) -> None:
-        settings = DecoderConfig(**decoder_settings(config, parallel, dtype))
-        super().__init__(settings, config.vocab_size, config.tie_embeddings, DeepStackLayer)
+        super().__init__(DecoderConfig(**decoder_settings(config, parallel, dtype)), config.tie_embeddings)
         self.shape = config
         if self.pre_process:
             self.vision = VisionTower(config, parallel, dtype)
+        self.build_decoder(config.vocab_size, DeepStackLayer)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Hidden states [R, H] of this rank's loss rows on the last stage, the stream [t, 1, H] on others."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from r4b_core.cli import bench, demo, doctor, evaluate, generate, report, show, train
+from r4b_core.cli import bench, demo, doctor, evaluate, generate, plan, report, show, train
 from r4b_core.cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("show")(show.show)
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 

@@ -154,15 +154,19 @@ def _ranking(out: Console, fitting: list[Candidate], stages: list[StagePlan], to
     for stage in stages:
         table.add_column(f"{stage.name} s/step", justify="right")
         table.add_column("tokens/s/GPU", justify="right")
-    table.add_column("all hours", justify="right")
+    table.add_column("whole recipe", justify="right")
     for place, one in enumerate(fitting[:top], 1):
         row = [str(place), str(one.layout), one.recompute, f"{one.memory.total / 1e9:.1f}"]
         for stage in stages:
             seconds = one.times[stage.name].total
             row += [f"{seconds:.3f}", f"{stage.whole.tokens / seconds / one.layout.gpus:,.0f}"]
-        table.add_row(*row, f"{one.hours:,.2f}", style="bold" if place == 1 else "")
+        table.add_row(*row, duration(one.hours), style="bold" if place == 1 else "")
     out.print(table)
     out.print()
+
+
+def duration(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"
 
 
 def _others(out: Console, made: Plan, gpu: GPU, top: int) -> None:

@@ -40,6 +40,7 @@ class StagePlan:
     static: bool
     execution: Execution
     whole: Work
+    longest_response: int = 0
 
     def work(self, dp: int) -> Work:
         """Of one data-parallel rank; a rank has at least one sample."""
@@ -62,8 +63,9 @@ class StagePlan:
         return replace(made, tokens=float(self.capacity)) if self.static else made
 
     def fullest(self, dp: int) -> Work:
-        """The same with every micro-batch as full as packing may make it: what memory has to hold."""
-        work = self.work(dp)
+        """The same with every micro-batch as full as packing may make it and every response at its limit:
+        what memory has to hold."""
+        work = replace(self.work(dp), response_tokens=float(self.longest_response))
         if work.micro_batches == 1 and not self.static:
             return work
         grow = self.capacity / work.tokens
@@ -204,4 +206,14 @@ def _bpo(recipe: Recipe, shape: ModelShape, assumed: Assumptions) -> StagePlan:
     )
     execution = _execution(recipe, stage.freeze, stage.optim.lr_scale, reference=stage.kl_coef > 0)
     capacity, static = recipe.packing.capacity, recipe.packing.static
-    return StagePlan("bpo", stage.steps, stage.prompts, prompt + response, capacity, static, execution, whole)
+    return StagePlan(
+        "bpo",
+        stage.steps,
+        stage.prompts,
+        prompt + stage.max_new_tokens,
+        capacity,
+        static,
+        execution,
+        whole,
+        longest_response=stage.max_new_tokens,
+    )

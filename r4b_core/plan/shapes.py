@@ -67,7 +67,7 @@ class Vision:
         projector_norm: parameters of all projectors' norms together.
         extra: parameters outside any matrix (R-4B's row separator).
         gated: a gated MLP (three matrices) and RMSNorm, else two matrices and LayerNorm.
-        window: patches that attend to each other outside ``global_layers``; 0 means the whole image.
+        window: patches that attend to each other outside ``global_layers``, such as a tile's; 0 means the whole image.
     """
 
     num_layers: int
@@ -213,6 +213,7 @@ def r4b_shape(name: str, config: R4BConfig) -> ModelShape:
         output_size=config.hidden_size,
         projector_norm=2 * config.vision_hidden_size,
         num_positions=rows * columns,
+        window=rows * columns,
         extra=config.hidden_size,
     )
     return ModelShape(name, decoder, vision)

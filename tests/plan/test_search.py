@@ -148,6 +148,19 @@ def test_bpo_shares_each_prompt_and_scores_for_the_reference() -> None:
     assert apart.whole.scored == 0 and not apart.execution.reference_copy
 
 
+def test_memory_is_planned_for_the_longest_responses_and_time_for_the_mean() -> None:
+    assumed = Assumptions(text_tokens=2048, response_tokens=40)
+    bpo = stage_plans(recipe(bpo={"max_new_tokens": 100}), SHAPE, assumed)[2]
+    assert bpo.work(8).response_tokens == 40 and bpo.fullest(8).response_tokens == 100
+    assert bpo.sample_tokens == 2048 + 256 + 100
+
+
+def test_tiles_do_not_attend_to_each_other() -> None:
+    vision = model_shape(recipe().model).vision
+    assert vision is not None
+    assert vision.attention_pairs(4 * 729) == 4 * vision.attention_pairs(729)
+
+
 def test_frozen_by_learning_rate() -> None:
     optim = {"lr": 1e-5, "lr_scale": {"vision": 0.0}}
     assert not stages(anneal={"optim": optim})[1].execution.train_vision

@@ -16,11 +16,14 @@ from transformers import Qwen3VLForConditionalGeneration
 from r4b_core.config.recipe import BpoConfig, ModelConfig, ParallelConfig
 from r4b_core.data.batch import PackedBatch
 from r4b_core.data.packing import Response, pack_groups_for_rl
+from r4b_core.data.schema import Sample
 from r4b_core.losses.heads import PolicyHead, sft_head
 from r4b_core.models.qwen3_vl.config import SIZES, Qwen3VLConfig, decoder_settings, resolve
 from r4b_core.models.qwen3_vl.model import Qwen3VLModel, build_model
 from r4b_core.models.qwen3_vl.positions import Qwen3VLPrompt
+from r4b_core.models.qwen3_vl.processing import ImageSettings, encode_prompt
 from tests.models.build import assert_same_gradients, gradients
+from tests.models.processing_oracle import ByteTokenizer, photographs, qwen_image_processor, qwen_processor
 from tests.models.qwen3_vl_oracle import SMALL, make_oracle, random_prompt, their_config, their_logits, to_megatron
 
 Items = Sequence[tuple[Qwen3VLPrompt, list[int]]]
@@ -102,6 +105,27 @@ def test_responses_to_one_prompt_go_on_at_its_position(share_prefix: bool) -> No
     batch, items = make("several responses", model.shape, share_prefix)
     assert bool((batch.layout.parent >= 0).any()) == share_prefix
     compare(model, oracle, batch, items)
+
+
+def test_photographs_and_a_question_give_the_logits_of_transformers_processor_and_model() -> None:
+    tokenizer = ByteTokenizer("<|image_pad|>")
+    model, oracle = pair(vocab_size=len(tokenizer.pretrained), patch_size=16)
+    oracle.config.image_token_id = tokenizer.image_token
+    images = [photographs()[name] for name in ("thumbnail", "strip")]
+    limits = 32 * 32, 96 * 64
+    sample = Sample("a", "s", images, "Which is <image>, which <image>?", "")
+    prompt = encode_prompt(tokenizer, sample, ImageSettings(*limits))
+    response = tokenizer.encode("the second")
+    ((batch,),) = pack_groups_for_rl([prompt], [[Response(response)]], 256)
+    got = model(batch) @ model.head_weight().T
+
+    processor = qwen_processor(tokenizer, qwen_image_processor(*limits))
+    text = tokenizer.decode(prompt.tokens.tolist()).replace("<|image_pad|>", "")
+    text = text.replace("<|vision_start|>", "<|vision_start|><|image_pad|>") + "the second"
+    theirs = processor(images=images, text=[text], return_tensors="pt")
+    assert len(batch.image_grid) == 2 and not torch.equal(*batch.image_grid)
+    want = oracle(**theirs).logits[0, prompt.num_tokens - 1 : -1]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_recomputed_layers_give_the_same_gradients() -> None:

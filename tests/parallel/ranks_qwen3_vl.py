@@ -6,8 +6,10 @@ Batches carry images of different sizes, and one has none. Nothing here covers N
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from r4b_core.config.recipe import BpoConfig, ModelConfig
@@ -16,8 +18,11 @@ from r4b_core.data.packing import Response, pack_groups_for_rl
 from r4b_core.losses.heads import PolicyHead, sft_head
 from r4b_core.models.qwen3_vl.config import resolve
 from r4b_core.models.qwen3_vl.model import Qwen3VLModel, build_model
+from r4b_core.parallel import checkpoint
+from r4b_core.parallel.learner import Learner
+from r4b_core.parallel.runtime import start
 from tests.models.qwen3_vl_oracle import SMALL, random_prompt
-from tests.parallel.harness import Layout, compare_layouts
+from tests.parallel.harness import Layout, Optim, compare_layouts, parameters_by_name, train
 
 TWO_RANKS = {
     "dp2": Layout(),
@@ -38,6 +43,7 @@ FOUR_RANKS = {
     "tp4": Layout(tp=4),
 }
 LAYOUTS = FOUR_RANKS if os.environ.get("WORLD_SIZE") == "4" else TWO_RANKS
+RESHARD = ("tp2_sp_pp2", "cp2_dp2") if LAYOUTS is FOUR_RANKS else ("tp2_sp", "pp2")
 # Heads that every layout of four ranks divides.
 SHAPE: dict[str, Any] = {
     **SMALL,
@@ -96,3 +102,31 @@ def test_sft_step_with_a_head_of_its_own() -> None:
 def test_bpo_step_with_the_embeddings_as_head() -> None:
     head = PolicyHead(BpoConfig(kl_coef=0, clip_low=0.3, clip_high=0.4))
     print(compare_layouts(build(True), batches(share_prefix=True), head, LAYOUTS, fill=keep_initial))
+
+
+def test_a_checkpoint_continues_in_another_layout() -> None:
+    """The tower is frozen but for its mergers, of which DeepStack's learn slowly."""
+    optim = Optim(lr_scale={"vision": 0.0, "vision.merger": 1.0, "vision.deepstack": 0.1})
+    folder = Path(os.environ["R4B_TEST_SHARED"]) / f"qwen3_vl_{os.environ['WORLD_SIZE']}"
+    losses, weights = [], []
+    for name in RESHARD:
+        layout = LAYOUTS[name]
+        runtime = start(layout, seed=1)
+        try:
+            learner = Learner([build(True)(layout)], runtime, optim, total_steps=10)
+            if not losses:
+                before = parameters_by_name(learner.model)
+                train(learner, runtime, batches(share_prefix=True), sft_head, 2)
+                path = checkpoint.save(folder, 2, learner, {})
+            else:
+                checkpoint.load(path, learner)
+            weights.append(parameters_by_name(learner.model))
+            losses += train(learner, runtime, batches(share_prefix=True), sft_head, 2)
+        finally:
+            runtime.stop()
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    moved = {name for name, value in before.items() if not torch.equal(weights[0][name], value)}
+    still = {name for name in before if name.startswith("vision.") and "merger" not in name and "deepstack" not in name}
+    assert still and moved == before.keys() - still
+    for one, other in zip(losses[:2], losses[2:], strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=5e-6)

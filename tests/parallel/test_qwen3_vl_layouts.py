@@ -11,10 +11,15 @@ from tests.parallel.launch import run_ranks
 CASES = Path(__file__).with_name("ranks_qwen3_vl.py")
 
 
+@pytest.fixture(autouse=True)
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("R4B_TEST_SHARED", str(tmp_path))
+
+
 def test_qwen3_vl_on_two_ranks() -> None:
-    assert "2 passed" in run_ranks(CASES, 2)
+    assert "3 passed" in run_ranks(CASES, 2)
 
 
 @pytest.mark.slow
 def test_qwen3_vl_on_four_ranks() -> None:
-    assert "2 passed" in run_ranks(CASES, 4, timeout=1200)
+    assert "3 passed" in run_ranks(CASES, 4, timeout=1200)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from r4b_core.config.recipe import ModelConfig, ParallelConfig
@@ -47,7 +48,8 @@ class DeepStackLayer(TransformerLayer):
         if features is not None and self.layer_number <= len(features):
             index = packed_seq_params.feature_index
             hidden = scatter_vision(hidden.squeeze(1), features[self.layer_number - 1], index, accumulate=True)
-            hidden = hidden.unsqueeze(1)
+            # A pipeline frees what a stage has sent, which must not be a view.
+            hidden = make_viewless_tensor(hidden.unsqueeze(1), hidden.requires_grad, keep_graph=True)
         return hidden, features
 
 

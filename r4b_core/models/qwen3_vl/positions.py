@@ -6,6 +6,7 @@ merged rows and columns from there; the text after it goes on at the image's beg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +30,7 @@ def mrope_positions(is_image: Tensor, image_grid: Tensor, merge: int = 2) -> tup
     Raises:
         ValueError: if a grid is a video or does not divide into blocks, or the image tokens are not those of the grids.
     """
-    check_grids(image_grid, merge)
+    check_grids(image_grid.tolist(), merge)
     rows, columns = (image_grid[:, 1:] // merge).unbind(1)
     place = is_image.nonzero().squeeze(1)
     count = rows * columns
@@ -56,9 +57,9 @@ def mrope_positions(is_image: Tensor, image_grid: Tensor, merge: int = 2) -> tup
     return positions, int(advance.sum())
 
 
-def check_grids(image_grid: Tensor, merge: int) -> None:
-    """ValueError where a grid of [I, 3] is no still image, or is not made of whole ``merge`` x ``merge`` blocks."""
-    for number, (time, height, width) in enumerate(image_grid.tolist()):
+def check_grids(grids: Sequence[Sequence[int]], merge: int) -> None:
+    """ValueError where a (time, height, width) is no still image or is not made of whole merge x merge blocks."""
+    for number, (time, height, width) in enumerate(grids):
         if time != 1:
             raise ValueError(f"image {number} has {time} frames: videos are not supported, give single images")
         if height < 1 or width < 1 or height % merge or width % merge:

@@ -127,9 +127,10 @@ def patch_places(image_grid: Tensor, merge: int) -> PatchPlaces:
     Raises:
         ValueError: if a grid is a video or does not divide into blocks.
     """
-    check_grids(image_grid, merge)
+    grids = image_grid.tolist()
+    check_grids(grids, merge)
     images = []
-    for _, rows, columns in image_grid.tolist():
+    for _, rows, columns in grids:
         raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         blocks = raster.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
         images.append(torch.cat([blocks, torch.tensor([[rows, columns]]).expand_as(blocks)], 1))

@@ -1,4 +1,4 @@
-"""`r4b bench`: measure kernels, trainer or rollouts, after their own tests have passed.
+"""`r4b bench`: measure kernels (after their own tests have passed), trainer, rollouts or data.
 
 A benchmark is a pytest-benchmark case. What its clock does not know stands in ``extra_info``, all times in seconds:
 
@@ -35,6 +35,7 @@ class What(StrEnum):
     kernels = "kernels"
     trainer = "trainer"
     rollout = "rollout"
+    data = "data"
 
 
 @dataclass(frozen=True)

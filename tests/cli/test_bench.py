@@ -23,6 +23,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "benchmarks/kernels/_shared.py": "",
         "benchmarks/trainer/step.py": "",
         "benchmarks/rollout/engine.py": "",
+        "benchmarks/data/images.py": "",
         "tests/kernels/test_add.py": "def test_add():\n    assert 1 + 1 == 2\n",
         "pytest.ini": "[pytest]\nmarkers =\n  slow\n  gpu\n",
     }
@@ -43,6 +44,7 @@ def test_finds_benchmarks_by_name(checkout: Path) -> None:
     assert [path.name for path in find_benchmarks(What.kernels, [])] == ["add.py"]
     assert [path.name for path in find_benchmarks(What.trainer, [])] == ["step.py"]
     assert [path.name for path in find_benchmarks(What.rollout, [])] == ["engine.py"]
+    assert [path.name for path in find_benchmarks(What.data, [])] == ["images.py"]
     with pytest.raises(ValueError, match="there is no ad; there are add"):
         find_benchmarks(What.kernels, ["ad"])
 

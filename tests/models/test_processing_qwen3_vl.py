@@ -52,7 +52,8 @@ def test_target_sizes_equal_transformers() -> None:
 
     rng = np.random.default_rng(0)
     compared = 0
-    for height, width in np.exp(rng.uniform(0, np.log(20_000), (3000, 2))).astype(int).tolist():
+    edges = [[32, 6400], [6400, 32], [32, 6401], [1, 200], [256, 256], [4096, 4096], [4096, 4097]]
+    for height, width in np.exp(rng.uniform(0, np.log(20_000), (3000, 2))).astype(int).tolist() + edges:
         for low, high in LIMITS.values():
             mine = ImageSettings(low, high)
             try:

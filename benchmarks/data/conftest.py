@@ -1,0 +1,1 @@
+"""Data benchmarks need no runtime: they measure the host alone."""

@@ -120,6 +120,52 @@ def test_tensor_parallel_traffic_by_hand() -> None:
     assert parts["tensor parallel"] == pytest.approx(10 * 32 * volume / (0.75 * 450e9))
 
 
+def test_context_parallel_traffic_by_hand() -> None:
+    """q, k, v and the output change hands once forward and once backward; full recompute repeats the forward's."""
+    layout = Layout(cp=2)
+    volume = 8 * 8192 / 2 * (2 * 4096 + 2 * 1024) * 2 / 2
+    for recompute, times in (("none", 2), ("full", 3)):
+        execution = Execution(recompute=recompute)  # type: ignore[arg-type]
+        parts = step_time(LLAMA, layout, execution, LONG, H100).parts
+        assert parts["context parallel"] == pytest.approx(times * 32 * volume / (0.75 * 450e9))
+
+
+def test_head_by_hand() -> None:
+    """Fused: the logits are computed twice, so four times the forward's product; whole: three times, and more bytes."""
+    logits = 8 * 8192 * 128256
+    for fused, products, moved in ((True, 4, 16), (False, 3, 34)):
+        parts = step_time(LLAMA, Layout(), Execution(fused_head=fused), LONG, H100).parts
+        expected = products * 2 * 4096 * logits / (0.6 * 989e12) + moved * logits / (0.8 * 3.35e12)
+        assert parts["head"] == pytest.approx(expected)
+
+
+def test_data_parallel_by_hand() -> None:
+    """Gradients to their shards in float32 and weights back in bfloat16; without shards twice the gradients."""
+    count = LLAMA.parameters - 4096
+    for sharding, width in (("zero1", 6), ("none", 8)):
+        execution = Execution(sharding=sharding)  # type: ignore[arg-type]
+        parts = step_time(LLAMA, Layout(dp=8), execution, LONG, H100).parts
+        assert parts["data parallel"] == pytest.approx(width * count * 7 / 8 / (0.75 * 450e9))
+    beside = step_time(LLAMA, Layout(dp=8), Execution(overlap_data=True), LONG, H100).parts
+    assert beside["data parallel"] == pytest.approx(6 * count * 7 / 8 / (0.75 * 450e9) / 2)
+
+
+def test_optimizer_by_hand() -> None:
+    """30 bytes of each parameter's state on its shard, 8 of every gradient."""
+    count = LLAMA.parameters - 4096
+    parts = step_time(LLAMA, Layout(dp=8), Execution(), LONG, H100).parts
+    assert parts["optimizer"] == pytest.approx((30 / 8 + 8) * count / (0.8 * 3.35e12))
+
+
+def test_scoring_is_a_forward_pass_each() -> None:
+    once, twice = (
+        step_time(LLAMA, Layout(pp=2), Execution(), replace(LONG, scored=scored), H100).parts for scored in (1, 2)
+    )
+    assert twice["scoring"] == pytest.approx(2 * once["scoring"])
+    training = sum(seconds for name, seconds in once.items() if name not in ("scoring", "optimizer"))
+    assert 0.25 * training < once["scoring"] < 0.35 * training
+
+
 def test_gradients_across_nodes_go_through_every_network_card() -> None:
     assert H100.ring(8) == H100.ring(2, 4) == 0.75 * 450e9
     assert H100.ring(16) == 0.75 * 8 * 50e9

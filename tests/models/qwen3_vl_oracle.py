@@ -73,7 +73,7 @@ def their_config(shape: Qwen3VLConfig) -> TheirConfig:
     )
 
 
-def make_oracle(shape: Qwen3VLConfig, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+def make_oracle(shape: Qwen3VLConfig, seed: int = 0, std: float = 0.2) -> Qwen3VLForConditionalGeneration:
     """Random weights everywhere, norms and biases too."""
     config = their_config(shape)
     config._attn_implementation = "eager"
@@ -81,7 +81,7 @@ def make_oracle(shape: Qwen3VLConfig, seed: int = 0) -> Qwen3VLForConditionalGen
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
-            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            noise = std * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
     return oracle
 

@@ -41,13 +41,16 @@ LAYOUTS["several responses"] = [(2, [(2, 4), (6, 2)], 3, [4, 1, 6]), (5, [], 1, 
 def pair(**shape: object) -> tuple[Qwen3VLModel, Qwen3VLForConditionalGeneration]:
     config = ModelConfig(shape={**SMALL, **shape})
     oracle = make_oracle(resolve(config))
-    model = build_model(config, ParallelConfig(), seed=0)
+    return copy_weights(build_model(config, ParallelConfig(), seed=0), oracle), oracle
+
+
+def copy_weights(model: Qwen3VLModel, oracle: Qwen3VLForConditionalGeneration) -> Qwen3VLModel:
     weights = to_megatron(dict(oracle.named_parameters()), model.shape)
     assert weights.keys() == dict(model.named_parameters()).keys()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return model.eval(), oracle
+    return model.eval()
 
 
 def make(
@@ -169,6 +172,28 @@ def test_bfloat16_is_as_exact_as_transformers() -> None:
         oracle.to(torch.bfloat16)
         theirs = torch.cat([their_logits(oracle, model.shape, prompt, response) for prompt, response in items])
     assert (mine - exact).norm() <= 1.2 * (theirs.float() - exact).norm()
+
+
+@pytest.mark.slow
+def test_layers_of_8b_in_bfloat16_are_as_exact_as_transformers() -> None:
+    """Layers and mergers at their real width, both ways; DeepStack needs a second decoder layer to be seen."""
+    widths = dict(num_layers=2, vision_num_layers=1, deepstack_layers=(0,), vocab_size=64)
+    config = ModelConfig(size="8b", shape=widths)
+    shape = resolve(config)
+    generator = torch.Generator().manual_seed(0)
+    prompt, response = random_prompt(generator, shape, 3, [(6, 4)], 2), [1, 2, 3, 4, 5]
+    ((batch,),) = pack_groups_for_rl([prompt], [[Response(response)]], 64)
+    oracle = make_oracle(shape, std=0.02)
+    model = copy_weights(build_model(config, ParallelConfig(), seed=0), oracle)
+    with torch.no_grad():
+        exact = their_logits(oracle, shape, prompt, response)
+        theirs = their_logits(oracle.to(torch.bfloat16), shape, prompt, response)
+    del oracle
+    model.to(torch.bfloat16)
+    mine = model(batch) @ model.head_weight().T
+    assert (mine - exact).norm() <= 1.2 * (theirs - exact).norm()
+    mine.float().square().mean().backward()
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(model).values())
 
 
 def test_losses_run_on_the_model_as_it_is() -> None:

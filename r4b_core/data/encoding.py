@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -89,16 +89,19 @@ def encode_samples(
     capacity: int,
     response_budget: int | None = None,
     patch_size: int = 16,
+    encode: Callable[[Tokenizer, Sample], EncodedPrompt] | None = None,
 ) -> list[tuple[Sample, EncodedPrompt]]:
     """The samples that can be trained on, with their prompts; the others go to quarantine with the reason.
 
+    ``encode`` makes a sample's prompt as a model family takes it; None is `encode_prompt` with ``patch_size``.
     ``response_budget`` is the room in tokens kept for a response (new tokens of a rollout); None takes the length of
     the sample's own response.
     """
+    encode = encode or partial(encode_prompt, patch_size=patch_size)
     kept = []
     for sample in samples:
         try:
-            prompt = encode_prompt(tokenizer, sample, patch_size)
+            prompt = encode(tokenizer, sample)
             room = len(encode_response(tokenizer, sample)) if response_budget is None else response_budget
         except ImageError as error:
             quarantine.add(sample.id, "image cannot be used", str(error))

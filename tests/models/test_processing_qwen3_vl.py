@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 
 from r4b_core.data.chat import Message, read_messages
+from r4b_core.data.encoding import encode_samples
 from r4b_core.data.images import ImageError
 from r4b_core.data.packing import Response, pack_sft
 from r4b_core.data.processing import PromptError
+from r4b_core.data.quarantine import Quarantine
 from r4b_core.data.schema import Sample
 from r4b_core.models.qwen3_vl.processing import (
     IMAGE_PLACEHOLDER,
@@ -224,3 +227,22 @@ def test_settings_come_from_the_checkpoint(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"preprocessor_config\.json: not the image settings"):
         read_settings(tmp_path)
+
+
+def test_samples_that_cannot_be_used_are_quarantined(tmp_path: Path) -> None:
+    good = Sample("good", "s", [photographs()["pixel"]], "?", "1")
+    samples = [
+        good,
+        Sample("flat", "s", [np.zeros((9, 9), np.uint8)], "?", "1"),
+        Sample("marks", "s", [photographs()["pixel"]], "<image> or <image>", "1"),
+        Sample("large", "s", [photographs()["thumbnail"]] * 40, "?", "1"),
+    ]
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    encode = partial(encode_prompt, settings=settings("small"))
+    kept = encode_samples(TOKENIZER, samples, quarantine, capacity=300, response_budget=20, encode=encode)
+    assert [sample.id for sample, _ in kept] == ["good"]
+    assert quarantine.counts == {
+        "image cannot be used": 1,
+        "question cannot be used": 1,
+        "longer than the packing capacity": 1,
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,10 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from r4b_core.data.batch import PackedBatch
 from r4b_core.data.chat import Message
+from r4b_core.data.encoding import encode_samples
 from r4b_core.data.images import ImageError
 from r4b_core.data.processing import PromptError
+from r4b_core.data.quarantine import Quarantine
 from r4b_core.data.schema import Sample
 from r4b_core.models.r4b.config import SIZES
 from r4b_core.models.r4b.processing import AnyRes, encode_messages, encode_prompt, image_patches, tiling
@@ -185,3 +189,22 @@ def test_images_that_cannot_be_used(image: Any, message: str) -> None:
 def test_settings_that_contradict_themselves(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnyRes(**fields)
+
+
+def test_samples_that_cannot_be_used_are_quarantined(tmp_path: Path) -> None:
+    good = Sample("good", "s", [photographs()["pixel"]], "?", "1")
+    samples = [
+        good,
+        Sample("flat", "s", [np.zeros((9, 9), np.uint8)], "?", "1"),
+        Sample("marks", "s", [photographs()["pixel"]], "<image> or <image>", "1"),
+        Sample("large", "s", [photographs()["thumbnail"]] * 40, "?", "1"),
+    ]
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    encode = partial(encode_prompt, settings=SETTINGS["whole"])
+    kept = encode_samples(TOKENIZER, samples, quarantine, capacity=300, response_budget=20, encode=encode)
+    assert [sample.id for sample, _ in kept] == ["good"]
+    assert quarantine.counts == {
+        "image cannot be used": 1,
+        "question cannot be used": 1,
+        "longer than the packing capacity": 1,
+    }

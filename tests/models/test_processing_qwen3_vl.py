@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,28 @@ def test_literal_tags_in_a_users_text_are_no_images() -> None:
     clean = encode_prompt(TOKENIZER, Sample("a", "s", [image], "", ""), settings("small"))
     plain = len(HOSTILE) + 7  # one byte a token, and a space in each tag
     assert prompt.num_tokens == clean.num_tokens + plain
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_mix_of_fragments_becomes_a_tag(seed: int) -> None:
+    """Whatever the text parts around an image are put together from, no tag but the template's own is read."""
+    rng = random.Random(seed)
+    fragments = ("<", "<|", "|>", "|", "<|im_", "start|>", "end|>", "<|image_", "pad|>", "</", "think>", "a")
+    bare = encode_messages(TOKENIZER, [Message("user", (None,))], [photographs()["pixel"]], settings("small"))
+    tags = (bare.tokens >= 256).sum()
+    escaped = 0
+    for _ in range(100):
+        before, after = (
+            tuple("".join(rng.choices(fragments, k=rng.randint(0, 9))) for _ in range(rng.randint(0, 3)))
+            for _ in range(2)
+        )
+        message = Message("user", (*before, None, *after))
+        prompt = encode_messages(TOKENIZER, [message], [photographs()["pixel"]], settings("small"))
+        assert (prompt.tokens >= 256).sum() == tags, message
+        text = len("".join((*before, *after)))
+        assert prompt.num_tokens == bare.num_tokens + text + prompt.escaped
+        escaped += prompt.escaped
+    assert escaped > 10
 
 
 def test_a_tokenizer_that_finds_further_image_tokens_is_noticed() -> None:

@@ -7,8 +7,8 @@ with decoded pixels, ``files`` with JPEG bytes: ours opens them by `open_image`,
 one thread and return float32 tensors; before the clock starts these must agree to 1e-6 (one level is 8e-3). The rival
 is the processor that needs no torchvision.
 
-Qwen's patch embedding takes two frames, so its processor writes every still image twice. Ours sums the embedding's
-weights over the frames instead and takes one; ``two frames`` is ours with the rival's very output.
+Qwen's patch embedding spans two frames, so its processor writes every still image twice. Our model repeats one frame
+itself, so ours writes one; ``two frames`` is ours with the rival's very output.
 
 Images per second, 2026-11-20, AMD EPYC, one thread of 2 cores shared with other jobs, Python 3.11, torch 2.13.0+cpu,
 transformers 5.23.0, Pillow 13.0.0, commit e16ba14; medians of processor time, sides in turns, one run:

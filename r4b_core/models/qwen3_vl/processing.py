@@ -42,8 +42,8 @@ class ImageSettings:
         min_pixels, max_pixels: an image is scaled so that its area lies between them.
         patch_size: side of a patch in pixels.
         merge_size: a token stands for merge_size x merge_size patches.
-        frames: how often a still image is repeated in a patch; Qwen's own patch embedding takes 2. With 1 the embedding
-            must have summed its weights over the frames, which is the same and halves the input.
+        frames: how often a still image is repeated in a patch. Qwen's patch embedding spans 2 frames, and the authors'
+            processor writes both; the model here repeats a single one itself, which halves what is moved.
     """
 
     min_pixels: int = 65_536

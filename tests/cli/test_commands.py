@@ -18,7 +18,7 @@ from r4b_core.cli.output import console
 from r4b_core.modes import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "train", "generate", "eval", "report", "show", "doctor", "bench")
+COMMANDS = ("demo", "train", "generate", "eval", "report", "plan", "show", "doctor", "bench")
 
 
 def run(*arguments: str) -> Any:

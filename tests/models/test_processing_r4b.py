@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,14 @@ from r4b_core.data.processing import PromptError
 from r4b_core.data.quarantine import Quarantine
 from r4b_core.data.schema import Sample
 from r4b_core.models.r4b.config import SIZES
-from r4b_core.models.r4b.processing import AnyRes, encode_messages, encode_prompt, image_patches, tiling
+from r4b_core.models.r4b.processing import (
+    AnyRes,
+    encode_messages,
+    encode_prompt,
+    image_patches,
+    read_settings,
+    tiling,
+)
 from tests.models.processing_oracle import ByteTokenizer, onevision_image_processor, onevision_processor, photographs
 
 TOKENIZER = ByteTokenizer("<image>")
@@ -208,3 +216,24 @@ def test_samples_that_cannot_be_used_are_quarantined(tmp_path: Path) -> None:
         "question cannot be used": 1,
         "longer than the packing capacity": 1,
     }
+
+
+def test_settings_come_from_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: not the image settings"):
+        read_settings(tmp_path)
+    onevision_image_processor().save_pretrained(tmp_path)
+    assert read_settings(tmp_path) == AnyRes()
+    oracle_images(SETTINGS["rest"]).save_pretrained(tmp_path)
+    assert read_settings(tmp_path, patch_size=7) == SETTINGS["rest"]
+    file = tmp_path / "preprocessor_config.json"
+    good = json.loads(file.read_text())
+    for change, message in (
+        ({"image_mean": [0.48, 0.46, 0.41]}, "image_mean = .* 0.5 for all three"),
+        ({"size": {"height": 30, "width": 60}}, "size = 30 x 60.* square"),
+        ({"size": {"shortest_edge": 30}}, "not the image settings.*height"),
+        ({"image_grid_pinpoints": [[30, 31]]}, r"\(30, 31\).*multiples of tile_size = 30"),
+        ({"image_grid_pinpoints": None}, "not the image settings"),
+    ):
+        file.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=message):
+            read_settings(tmp_path, patch_size=7)

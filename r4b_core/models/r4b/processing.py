@@ -9,10 +9,12 @@ Shapes: side = tile_size // patch_size patches along a tile, P patches, I tiles.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -81,6 +83,28 @@ class AnyRes:
 
         # Of equals the first one counts.
         return max(self.sizes, key=lambda size: (kept(size), -(size[0] * size[1] - kept(size))))
+
+
+def read_settings(folder: str | Path, patch_size: int = 14) -> AnyRes:
+    """The settings in a checkpoint folder's ``preprocessor_config.json``; the patch size is the vision tower's.
+
+    Raises:
+        ValueError: if the file is missing or does not say how to tile.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        height, width = found["size"]["height"], found["size"]["width"]
+        sizes = tuple((int(rows), int(columns)) for rows, columns in found["image_grid_pinpoints"])
+        mean, std = list(found["image_mean"]), list(found["image_std"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the image settings of an R-4B checkpoint ({error!r})") from error
+    if height != width or mean != [0.5] * 3 or std != [0.5] * 3:
+        raise ValueError(
+            f"{path}: size = {height} x {width}, image_mean = {mean}, image_std = {std}; R-4B's tiles are square and "
+            "its mean and std 0.5 for all three colours"
+        )
+    return AnyRes(height, patch_size, sizes)
 
 
 @dataclass(frozen=True)

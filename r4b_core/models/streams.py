@@ -1,6 +1,6 @@
 """What an attention layer attends to, told from outside: Megatron passes the object through unseen.
 
-A stream travels as ``packed_seq_params``. Training and prefill use PackedStream; the embedded engine brings its own.
+A stream travels as ``packed_seq_params``: a PackedStream through decoders, a VisionStream through vision towers.
 
 Shapes: T tokens of the whole stream, t = T / cp tokens of this context-parallel rank, Hq/Hk heads, D head dim.
 """

@@ -98,11 +98,11 @@ class PrefixLayout:
 
     def dense_mask(self, num_tokens: int) -> Tensor:
         """bool [T, T], True where the row may attend to the column: the definition, for references and tests."""
-        mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+        mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device="cpu")
         offsets, parents = self.offsets.tolist(), self.parent.tolist()
         for segment, parent in enumerate(parents):
             start, stop = offsets[segment], offsets[segment + 1]
-            mask[start:stop, start:stop] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+            mask[start:stop, start:stop] = torch.ones_like(mask[start:stop, start:stop]).tril()
             if parent >= 0:
                 mask[start:stop, offsets[parent] : offsets[parent + 1]] = True
         return mask.to(self.device)

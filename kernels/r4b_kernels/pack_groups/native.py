@@ -20,10 +20,10 @@ def pack(problem: Problem) -> PackPlan:
     lengths = list(chain.from_iterable(problem.responses))
     offsets = [0, *accumulate(map(len, problem.responses))]
     pieces, members, bins, costs = torch.ops.r4b_native.pack_groups(
-        torch.tensor(problem.prefixes, dtype=torch.int64),
-        torch.tensor(lengths, dtype=torch.int64),
-        torch.tensor(offsets, dtype=torch.int64),
-        torch.tensor(problem.vision, dtype=torch.float64),
+        torch.tensor(problem.prefixes, dtype=torch.int64, device="cpu"),
+        torch.tensor(lengths, dtype=torch.int64, device="cpu"),
+        torch.tensor(offsets, dtype=torch.int64, device="cpu"),
+        torch.tensor(problem.vision, dtype=torch.float64, device="cpu"),
         problem.capacity,
         problem.ranks,
         problem.share_prefix,

@@ -124,6 +124,17 @@ def torch_varlen(sizes: list[int]) -> Callable[..., Tensor]:
     return run
 
 
+def cudnn(sizes: list[int]) -> Callable[..., Tensor]:
+    """One call of cuDNN's attention per sequence, through torch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return loop(q, k, v, sizes, [-1] * len(sizes))
+
+    return run
+
+
 def flash_attention_4(sizes: list[int]) -> Callable[..., Tensor]:
     from flash_attn.cute import flash_attn_varlen_func
 
@@ -172,6 +183,7 @@ def test_prefix_attention(load: str, step: str, contest: Callable[..., None]) ->
         ideal["ours, prompt repeated"] = allowed_pairs(sizes, [-1] * len(sizes)) / allowed_pairs(lengths, parents)
     if ON_GPU:
         rivals["FlexAttention"] = lambda: trained(flex_attention(load), leaves, step)()
+        rivals["cuDNN per sequence, prompt repeated"] = lambda: trained(cudnn(sizes), copies, step)()
         rivals["torch varlen_attn, prompt repeated"] = lambda: trained(torch_varlen(sizes), copies, step)()
         if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
             rivals["FlashAttention-4, prompt repeated"] = trained(flash_attention_4(sizes), copies, step)

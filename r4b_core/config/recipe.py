@@ -16,17 +16,27 @@ class Settings(BaseModel):
 class ModelConfig(Settings):
     """Which model. ``shape`` overrides single fields of the named size (checked by the family)."""
 
-    family: Literal["r4b"] = "r4b"
+    family: Literal["r4b", "qwen3_vl"] = "r4b"
     size: str = "toy"
     shape: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    init_from: str | None = Field(None, description="a run folder or checkpoint whose weights the run starts from")
+    processor: str | None = Field(
+        None, description="folder with tokenizer.json and preprocessor_config.json; none: the words of the board task"
+    )
+    init_from: str | None = Field(
+        None, description="a run folder, a checkpoint, or a folder of `r4b convert` whose weights the run starts from"
+    )
 
 
 class DataConfig(Settings):
-    """The board task: coloured tiles with real handwritten digits."""
+    """What is trained on: the board task (coloured tiles with real handwritten digits), or files of records."""
 
-    task: Literal["boards"] = "boards"
+    task: Literal["boards", "records"] = "boards"
+    train: list[str] = Field(default_factory=list, description="records: Parquet or JSONL files, or globs of them")
+    held_out_files: list[str] = Field(default_factory=list, description="records: files for probes and evaluation")
+    min_pixels: int | None = Field(None, ge=1, description="records: smallest area of an image; none: the processor's")
+    max_pixels: int | None = Field(None, ge=1, description="records: largest area of an image; none: the processor's")
+    lookahead: int = Field(16, ge=1, description="records: how many are at hand to fill a packed sequence from")
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the handwritten digits kept for evaluation")
     max_operations: int = Field(8, ge=1, le=11)
     augment: bool = Field(True, description="small shifts, turns and scales of training digits")
@@ -40,6 +50,10 @@ class ParallelConfig(Settings):
     cp: int = Field(1, ge=1, description="context parallel size (all-to-all over heads)")
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    virtual_stages: int = Field(1, ge=1, description="model chunks per pipeline rank (interleaved 1F1B)")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations that the backward pass computes again"
+    )
     timeout_s: int = Field(60, ge=5, description="a collective that takes longer is an error")
 
     @model_validator(mode="after")

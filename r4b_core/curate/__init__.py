@@ -1,0 +1,1 @@
+"""The data engine: standardize, generate, verify, score and select records (MMFineReason section 3)."""

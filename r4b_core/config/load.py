@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,7 @@ from r4b_core.config.recipe import PRESETS, Recipe, Settings
 from r4b_core.config.yaml_source import YamlProblem, parse_mapping_or_value, parse_value
 
 KeyPath = tuple[str, ...]
+SettingsT = TypeVar("SettingsT", bound=Settings)
 DEFAULT = "default"
 OVERRIDE = "command line"
 
@@ -36,24 +37,27 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True)
-class ResolvedRecipe:
+class Resolved(Generic[SettingsT]):
     """A validated recipe and where each of its values came from.
 
     Attributes:
-        recipe: the recipe, complete.
+        recipe: the recipe, complete: `Recipe` for training, another schema for the data engine.
         origins: dotted key of every value -> "default", "preset grpo", "demo.yaml:12" or "command line".
         source: the file that was read.
     """
 
-    recipe: Recipe
+    recipe: SettingsT
     origins: dict[str, str]
     source: Path
 
     def values(self) -> Iterator[tuple[str, Any, str]]:
         """(dotted key, value, origin) of every value, in the order of the schema."""
-        for path, value in _leaves(self.recipe.model_dump(mode="json"), Recipe):
+        for path, value in _leaves(self.recipe.model_dump(mode="json"), type(self.recipe)):
             key = ".".join(path)
             yield key, value, self.origins[key]
+
+
+ResolvedRecipe = Resolved[Recipe]
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -89,7 +93,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedReci
     Raises:
         RecipeError: with every problem found.
     """
-    path = find_recipe(path)
+    return load_settings(find_recipe(path), overrides, Recipe, _presets)
+
+
+def load_settings(
+    path: Path,
+    overrides: Sequence[str],
+    schema: type[SettingsT],
+    presets: Callable[[Callable[..., Any]], tuple[str, Mapping[str, Any]] | None] = lambda asked: None,
+) -> Resolved[SettingsT]:
+    """Read a YAML file of ``schema`` and lay it over the defaults; see `load_recipe`.
+
+    Args:
+        presets: is given a function of a key path that returns what was asked for there, and returns the name of the
+            preset that this means and its values; they go over the defaults and under the file.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
     try:
         given, lines = parse_mapping_or_value(path.read_text(encoding="utf-8"))
     except YamlProblem as problem:
@@ -100,12 +121,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedReci
         raise RecipeError(str(path), [f"a recipe is a mapping of settings, this is {_kind(given)}"])
 
     problems: list[str] = []
-    data = _Layers()
-    data.lay(_defaults(), lambda leaf: DEFAULT)
+    data = _Layers(schema)
+    data.lay(_defaults(schema), lambda leaf: DEFAULT)
     asked = _parse_overrides(overrides, problems)
-    algorithm = asked.get(("bpo", "algorithm"), _get(given, "bpo", "algorithm") or data.values["bpo"]["algorithm"])
-    if isinstance(algorithm, str) and algorithm in PRESETS:
-        data.lay({"bpo": PRESETS[algorithm]}, lambda leaf: f"preset {algorithm}")
+    preset = presets(lambda *key: asked.get(key, _get(given, *key) or _get(data.values, *key)))
+    if preset is not None:
+        name, values = preset
+        data.lay(values, lambda leaf: f"preset {name}")
     data.lay(given, lambda leaf: f"{path.name}:{lines.get(leaf, 0)}")
     for key, value in asked.items():
         data.put(key, value, OVERRIDE)
@@ -113,18 +135,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedReci
     problems += data.problems
     recipe = None
     try:
-        recipe = Recipe.model_validate(data.values)
+        recipe = schema.model_validate(data.values)
     except ValidationError as error:
         problems += _describe(error, data)
     if problems or recipe is None:
         raise RecipeError(path.name, problems)
-    origins = {".".join(leaf): data.origin(leaf) for leaf, _ in _leaves(recipe.model_dump(mode="json"), Recipe)}
-    return ResolvedRecipe(recipe, origins, path)
+    origins = {".".join(leaf): data.origin(leaf) for leaf, _ in _leaves(recipe.model_dump(mode="json"), schema)}
+    return Resolved(recipe, origins, path)
 
 
-def dump_resolved(resolved: Recipe | ResolvedRecipe) -> str:
+def _presets(asked: Callable[..., Any]) -> tuple[str, Mapping[str, Any]] | None:
+    algorithm = asked("bpo", "algorithm")
+    known = isinstance(algorithm, str) and algorithm in PRESETS
+    return (algorithm, {"bpo": PRESETS[algorithm]}) if known else None
+
+
+def dump_resolved(resolved: Settings | Resolved[Any]) -> str:
     """The complete recipe as YAML: a recipe in its own right that loads to the same values."""
-    recipe = resolved.recipe if isinstance(resolved, ResolvedRecipe) else resolved
+    recipe = resolved.recipe if isinstance(resolved, Resolved) else resolved
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -138,23 +166,24 @@ def fingerprint(section: BaseModel | Mapping[str, Any]) -> str:
 class _Layers:
     """Values laid over one another, with the origin of each and the problems met on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: type[Settings]) -> None:
+        self.schema = schema
         self.values: dict[str, Any] = {}
         self.origins: dict[KeyPath, str] = {}
         self.problems: list[str] = []
 
     def lay(self, tree: Mapping[str, Any], origin_of: Callable[[KeyPath], str]) -> None:
-        for leaf, value in _leaves(tree, Recipe):
+        for leaf, value in _leaves(tree, self.schema):
             self.put(leaf, value, origin_of(leaf))
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
-        section: type[BaseModel] | None = Recipe
+        section: type[BaseModel] | None = self.schema
         where = self.values
         for depth, name in enumerate(path):
             last = depth == len(path) - 1
             field = section.model_fields.get(name) if section else None
             if section and field is None:
-                self.problems.append(f"{_at(path, origin)}: unknown key{_suggest(path[: depth + 1])}")
+                self.problems.append(f"{_at(path, origin)}: unknown key{_suggest(path[: depth + 1], self.schema)}")
                 return
             below = _section(field.annotation) if field else None
             if last and below and not isinstance(value, dict):
@@ -182,9 +211,9 @@ class _Layers:
         return parts[-1] if parts else DEFAULT
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(schema: type[Settings]) -> dict[str, Any]:
     """Every default of the schema as plain data; ``name`` has none."""
-    data = Recipe(name="-").model_dump(mode="json")
+    data = schema.model_validate({"name": "-"}).model_dump(mode="json")
     del data["name"]
     return data
 
@@ -236,7 +265,7 @@ def _describe(error: ValidationError, data: _Layers) -> list[str]:
         origin = data.origin(path[:-1] if path not in data.origins and path[:-1] in data.origins else path)
         if item["type"] == "missing":
             problems.append(f"{'.'.join(path)}: is required and not set")
-        elif path and _section_at(path) is None:
+        elif path and _section_at(path, data.schema) is None:
             reason = item["msg"].removeprefix("Value error, ")
             problems.append(f"{_at(path, origin)} = {_show(item['input'])}: {reason[0].lower()}{reason[1:]}")
         else:
@@ -244,30 +273,31 @@ def _describe(error: ValidationError, data: _Layers) -> list[str]:
     return problems
 
 
-def _section_at(path: KeyPath) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Recipe
+def _section_at(path: KeyPath, schema: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = schema
     for name in path:
         field = section.model_fields.get(name) if section else None
         section = _section(field.annotation) if field else None
     return section
 
 
-def _suggest(path: KeyPath) -> str:
+def _suggest(path: KeyPath, schema: type[BaseModel]) -> str:
     """The nearest valid key: a sibling, else the same name in another section, else the most similar key."""
     leaf, parents = path[-1], path[:-1]
-    siblings = [key for key in _all_keys() if key[:-1] == parents]
+    keys = _all_keys(schema)
+    siblings = [key for key in keys if key[:-1] == parents]
     if near := difflib.get_close_matches(leaf, [key[-1] for key in siblings], n=1, cutoff=0.7):
         return f"; did you mean {'.'.join((*parents, near[0]))}?"
-    same_name = [key for key in _all_keys() if key[-1] == leaf]
+    same_name = [key for key in keys if key[-1] == leaf]
     same_name.sort(key=lambda key: -len([None for a, b in zip(key, path, strict=False) if a == b]))
     if same_name:
         return f"; did you mean {'.'.join(same_name[0])}?"
-    if near := difflib.get_close_matches(leaf, [key[-1] for key in _all_keys()], n=1, cutoff=0.75):
-        return f"; did you mean {'.'.join(next(key for key in _all_keys() if key[-1] == near[0]))}?"
+    if near := difflib.get_close_matches(leaf, [key[-1] for key in keys], n=1, cutoff=0.75):
+        return f"; did you mean {'.'.join(next(key for key in keys if key[-1] == near[0]))}?"
     return f"; {'.'.join(parents) or 'a recipe'} holds {', '.join(key[-1] for key in siblings)}"
 
 
-def _all_keys(schema: type[BaseModel] = Recipe, path: KeyPath = ()) -> list[KeyPath]:
+def _all_keys(schema: type[BaseModel], path: KeyPath = ()) -> list[KeyPath]:
     keys: list[KeyPath] = []
     for name, field in schema.model_fields.items():
         keys.append((*path, name))

@@ -16,6 +16,6 @@ def fit(recipe: Recipe, world_size: int) -> Layout:
 
     device.activate()  # before anything imports Megatron-Core
 
-    from r4b_core.models.r4b.config import resolve
+    from r4b_core.models.families import resolve
 
     return check_layout(recipe, world_size, resolve(recipe.model))

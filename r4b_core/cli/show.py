@@ -31,6 +31,8 @@ def show(
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("origin", no_wrap=True)
+    if resolved.notes:
+        table.add_column("why", overflow="fold")
     section = ""
     for key, value, origin in resolved.values():
         if changed and origin == DEFAULT:
@@ -39,5 +41,6 @@ def show(
             table.add_section()
         section = key.partition(".")[0]
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        table.add_row(escape(key), escape(text), escape(origin), style="dim" if origin == DEFAULT else "bold")
+        row = [key, text, origin, *([resolved.notes.get(key, "")] if resolved.notes else [])]
+        table.add_row(*map(escape, row), style="dim" if origin == DEFAULT else "bold")
     console().print(table)

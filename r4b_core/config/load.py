@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 import r4b_core
 from r4b_core.config.recipe import PRESETS, Recipe, Settings
-from r4b_core.config.yaml_source import YamlProblem, parse_mapping_or_value, parse_value
+from r4b_core.config.yaml_source import YamlProblem, parse_text, parse_value
 
 KeyPath = tuple[str, ...]
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -43,11 +43,13 @@ class Resolved(Generic[SettingsT]):
     Attributes:
         recipe: the recipe, complete: `Recipe` for training, another schema for the data engine.
         origins: dotted key of every value -> "default", "preset grpo", "demo.yaml:12" or "command line".
+        notes: dotted key -> the file's comment on it, where the value is the file's.
         source: the file that was read.
     """
 
     recipe: SettingsT
     origins: dict[str, str]
+    notes: dict[str, str]
     source: Path
 
     def values(self) -> Iterator[tuple[str, Any, str]]:
@@ -112,7 +114,8 @@ def load_settings(
         RecipeError: with every problem found.
     """
     try:
-        given, lines = parse_mapping_or_value(path.read_text(encoding="utf-8"))
+        source = parse_text(path.read_text(encoding="utf-8"))
+        given, lines = source.data, source.lines
     except YamlProblem as problem:
         raise RecipeError(f"{path.name}:{problem.line}", [problem.reason]) from problem
     except UnicodeDecodeError as error:
@@ -141,7 +144,18 @@ def load_settings(
     if problems or recipe is None:
         raise RecipeError(path.name, problems)
     origins = {".".join(leaf): data.origin(leaf) for leaf, _ in _leaves(recipe.model_dump(mode="json"), schema)}
-    return Resolved(recipe, origins, path)
+    return Resolved(recipe, origins, _notes(source.notes, origins, path), path)
+
+
+def _notes(given: Mapping[KeyPath, str], origins: Mapping[str, str], path: Path) -> dict[str, str]:
+    """The file's comment on each value that is the file's: its own, or that of the section which it stands in."""
+    notes = {}
+    for key, origin in origins.items():
+        parts = tuple(key.split("."))
+        above = (given[parts[:depth]] for depth in range(len(parts), 0, -1) if parts[:depth] in given)
+        if origin.startswith(f"{path.name}:") and (note := next(above, "")):
+            notes[key] = note
+    return notes
 
 
 def _presets(asked: Callable[..., Any]) -> tuple[str, Mapping[str, Any]] | None:

@@ -7,7 +7,7 @@ schema of YAML 1.2 instead: ``true``/``false``, decimal integers and floats as P
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -19,6 +19,21 @@ class YamlProblem(Exception):
 
     reason: str
     line: int = 0
+
+
+@dataclass(frozen=True)
+class YamlText:
+    """What a YAML text says and where.
+
+    Attributes:
+        data: the value of the document.
+        lines: the line (from 1) of every mapping key, by key path.
+        notes: the comment after a key's value, with the comment lines below it that begin in the same column.
+    """
+
+    data: Any
+    lines: dict[tuple[str, ...], int]
+    notes: dict[tuple[str, ...], str]
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,11 +67,11 @@ def parse_value(text: str) -> Any:
     Raises:
         YamlProblem: if the text is not YAML.
     """
-    return parse_mapping_or_value(text)[0]
+    return parse_text(text).data
 
 
-def parse_mapping_or_value(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The data of a YAML text and the line (from 1) of every mapping key, by key path.
+def parse_text(text: str) -> YamlText:
+    """Read one YAML document.
 
     Raises:
         YamlProblem: if the text is not YAML, has a duplicate or non-text key, or a tag that builds objects.
@@ -65,10 +80,10 @@ def parse_mapping_or_value(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     try:
         node = loader.get_single_node()
         if node is None:
-            return None, {}
-        lines: dict[tuple[str, ...], int] = {}
-        _note_lines(node, (), lines)
-        return loader.construct_document(node), lines
+            return YamlText(None, {}, {})
+        found = YamlText(None, {}, {})
+        _find_keys(node, (), text.splitlines(), found)
+        return replace(found, data=loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlProblem(error.problem or "not YAML", mark.line + 1 if mark else 0) from error
@@ -78,7 +93,7 @@ def parse_mapping_or_value(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         loader.dispose()
 
 
-def _note_lines(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+def _find_keys(node: yaml.Node, path: tuple[str, ...], source: list[str], found: YamlText) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -86,7 +101,25 @@ def _note_lines(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, .
         if key.tag != "tag:yaml.org,2002:str":
             raise YamlProblem(f"{'.'.join((*path, str(key.value)))}: a key must be plain text", line)
         below = (*path, key.value)
-        if below in lines:
-            raise YamlProblem(f"{'.'.join(below)}: set twice, first on line {lines[below]}", line)
-        lines[below] = line
-        _note_lines(value, below, lines)
+        if below in found.lines:
+            raise YamlProblem(f"{'.'.join(below)}: set twice, first on line {found.lines[below]}", line)
+        found.lines[below] = line
+        if note := _comment(source, value.end_mark):
+            found.notes[below] = note
+        _find_keys(value, below, source, found)
+
+
+def _comment(source: list[str], end: yaml.Mark) -> str:
+    """The comment that begins after ``end`` on its line, and goes on below in the same column."""
+    if end.line >= len(source):
+        return ""
+    first = re.match(r"[\s,\]}]*#(.*)", source[end.line][end.column :])
+    if first is None or not source[end.line][: end.column].strip():
+        return ""
+    column = end.column + source[end.line][end.column :].index("#")
+    parts = [first[1]]
+    for line in source[end.line + 1 :]:
+        if line[:column].strip() or not line.startswith("#", column):
+            break
+        parts.append(line[column + 1 :])
+    return " ".join(part.strip() for part in parts)

@@ -157,3 +157,23 @@ def test_shipped_recipes_load_by_name_and_by_path() -> None:
 def test_a_missing_recipe_names_the_shipped_ones() -> None:
     with pytest.raises(RecipeError, match=r"dmo: no such file.*demo"):
         load_recipe("dmo")
+
+
+def test_a_comment_is_the_reason_of_its_value(tmp_path: Path) -> None:
+    text = """name: x  # what it is called
+bpo:
+  steps: 3       # Fig. 8
+                 # runs to 320
+  # of its own, and about nothing
+  optim: {lr: 1e-6, weight_decay: 0.1}  # Table 9
+  mix: {a: 1}
+  group_size: 2  # overridden
+anneal: {steps: 1}
+"""
+    resolved = load_recipe(recipe_file(tmp_path, text), ["bpo.group_size=4"])
+    assert resolved.notes == {
+        "name": "what it is called",
+        "bpo.steps": "Fig. 8 runs to 320",
+        "bpo.optim.lr": "Table 9",
+        "bpo.optim.weight_decay": "Table 9",
+    }

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 from r4b_core.plan import machine
 from r4b_core.plan.machine import GPU
-from r4b_core.plan.memory import DECODE_BATCH, stage_parameters
+from r4b_core.plan.memory import DECODE_BATCH, stage_parameters, trained_parameters
 from r4b_core.plan.shapes import ModelShape
 from r4b_core.plan.work import Execution, Layout, Work, forward_flops, step_flops
 
@@ -182,11 +182,11 @@ def _data_parallel(
     ranks = layout.dp * layout.cp
     if ranks == 1:
         return 0.0
-    body, eyes = stage_parameters(shape, layout, 0)
-    trained = (body if execution.train_decoder else 0.0) + (eyes if execution.train_vision else 0.0)
+    parameters = sum(stage_parameters(shape, layout, 0).values())
+    trained = trained_parameters(shape, layout, execution, 0)
     rate = gpu.ring(ranks, layout.tp) / ((ranks - 1) / ranks)
     if execution.sharding == "fsdp":
-        seconds = (4 * (body + eyes) + 4 * trained) / rate
+        seconds = (4 * parameters + 4 * trained) / rate
         times = work.micro_batches if execution.regather else 1
     else:
         # Gradients in float32 (DistributedDataParallelConfig.grad_reduce_in_fp32), weights back in their own dtype.
@@ -199,8 +199,7 @@ def _data_parallel(
 
 
 def _optimizer(shape: ModelShape, layout: Layout, execution: Execution, gpu: GPU) -> float:
-    body, eyes = stage_parameters(shape, layout, 0)
-    trained = (body if execution.train_decoder else 0.0) + (eyes if execution.train_vision else 0.0)
+    trained = trained_parameters(shape, layout, execution, 0)
     shards = 1 if execution.sharding == "none" else layout.dp * layout.cp
     # The whole gradient is read for its norm and zeroed, where it is not sharded.
     gradient = 8 * trained / (shards if execution.sharding == "fsdp" else 1)

@@ -67,29 +67,50 @@ def vision_layer_bytes(vision: Vision, recompute: Recompute, tp: int) -> float:
     return 2 * (4 * hidden + (4 * hidden + inner) / tp)
 
 
-def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> tuple[float, float]:
-    """(decoder with tables, vision with projector) parameters of a rank of one pipeline stage."""
-    decoder, first, last = shape.decoder, stage == 0, stage == layout.pp - 1
-    count: float = decoder.num_layers / layout.pp * decoder.layer_parameters / layout.tp
-    tables = int(first) + int(last) if not (decoder.tied and first and last) else 1
-    count += tables * decoder.embedding_parameters / layout.tp
-    eyes = shape.vision.parameters / layout.tp if shape.vision and first else 0.0
-    return count, eyes
+def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> dict[str, float]:
+    """Parameters of a rank of one pipeline stage: layers, embedding, norm, head, vision and projector, as it has them.
+
+    A tied head is the embedding on a stage that holds both, and a copy of it on a last stage that does not.
+    """
+
+    def share(count: int, whole: int) -> float:
+        return (count - whole) / layout.tp + whole
+
+    decoder, vision, first, last = shape.decoder, shape.vision, stage == 0, stage == layout.pp - 1
+    parts = {"layers": decoder.num_layers / layout.pp * share(decoder.layer_parameters, decoder.layer_whole)}
+    if first:
+        parts["embedding"] = share(decoder.embedding_parameters, 0)
+    if last:
+        parts["norm"] = float(decoder.hidden_size)
+    if last and not (first and decoder.tied):
+        parts["head"] = share(decoder.embedding_parameters, 0)
+    if first and vision:
+        layers = vision.num_layers * share(vision.layer_parameters, vision.layer_whole)
+        parts["vision"] = vision.input_parameters + layers
+        parts["projector"] = share(vision.projector_parameters, vision.projector_whole)
+    return parts
+
+
+def trained_parameters(shape: ModelShape, layout: Layout, execution: Execution, stage: int) -> float:
+    """Of these, the ones that are not frozen."""
+    trains = {"vision": execution.train_vision, "projector": execution.train_projector}
+    parts = stage_parameters(shape, layout, stage)
+    return sum(count for part, count in parts.items() if trains.get(part, execution.train_decoder))
 
 
 def stage_memory(shape: ModelShape, layout: Layout, execution: Execution, work: Work, stage: int) -> Memory:
     decoder, vision = shape.decoder, shape.vision
-    body, eyes = stage_parameters(shape, layout, stage)
+    parameters = sum(stage_parameters(shape, layout, stage).values())
+    trained = trained_parameters(shape, layout, execution, stage)
     shards = layout.dp * layout.cp
-    trained = (body if execution.train_decoder else 0.0) + (eyes if execution.train_vision else 0.0)
     half = execution.dtype == "bfloat16"
     copies = 2 if execution.reference_copy else 1
     if execution.sharding == "fsdp":
         gathered = 2 * (decoder.embedding_parameters + 2 * decoder.layer_parameters) / layout.tp
-        weights, gradients = 4 * copies * (body + eyes) / shards + gathered, 4 * trained / shards
+        weights, gradients = 4 * copies * parameters / shards + gathered, 4 * trained / shards
         states = 8 * trained / shards
     else:
-        weights, gradients = execution.width * copies * (body + eyes), 4 * trained
+        weights, gradients = execution.width * copies * parameters, 4 * trained
         # float32 master copy (where the weights are half precision) and Adam's two moments.
         states = (12 if half else 8) * trained / (shards if execution.sharding == "zero1" else 1)
 

@@ -148,6 +148,7 @@ def _execution(recipe: Recipe, frozen: list[str], lr_scale: dict[str, float], re
         sharding="zero1" if recipe.parallel.distributed_optimizer else "none",
         train_decoder=trains("decoder"),
         train_vision=trains("vision"),
+        train_projector=trains("projector" if recipe.model.family == "r4b" else "vision.merger"),
         reference_copy=reference,
     )
 

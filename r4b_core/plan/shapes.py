@@ -42,7 +42,12 @@ class Decoder:
     @property
     def layer_parameters(self) -> int:
         bias = self.query_size + 2 * self.kv_size if self.qkv_bias else 0
-        return self.layer_matrices + bias + 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return self.layer_matrices + bias + self.layer_whole
+
+    @property
+    def layer_whole(self) -> int:
+        """Of these, the ones that every tensor-parallel rank holds: norms."""
+        return 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
     def embedding_parameters(self) -> int:
@@ -65,6 +70,7 @@ class Vision:
         middle: width between the two projector matrices.
         projectors: how many projectors (DeepStack has one more per level).
         projector_norm: parameters of all projectors' norms together.
+        projector_split: tensor-parallel ranks share the projectors' matrices; else each holds them all.
         extra: parameters outside any matrix (R-4B's row separator).
         gated: a gated MLP (three matrices) and RMSNorm, else two matrices and LayerNorm.
         window: patches that attend to each other outside ``global_layers``, such as a tile's; 0 means the whole image.
@@ -82,6 +88,7 @@ class Vision:
     num_positions: int = 0
     patch_bias: bool = True
     projectors: int = 1
+    projector_split: bool = True
     extra: int = 0
     gated: bool = False
     window: int = 0
@@ -93,9 +100,13 @@ class Vision:
 
     @property
     def layer_parameters(self) -> int:
-        mlp_bias = (2 if self.gated else 1) * self.ffn_hidden_size + self.hidden_size
-        norms = (2 if self.gated else 4) * self.hidden_size
-        return self.layer_matrices + 4 * self.hidden_size + mlp_bias + norms
+        split_biases = 3 * self.hidden_size + (2 if self.gated else 1) * self.ffn_hidden_size
+        return self.layer_matrices + split_biases + self.layer_whole
+
+    @property
+    def layer_whole(self) -> int:
+        """Of these, the ones that every tensor-parallel rank holds: norms, and biases added to the residual."""
+        return ((2 if self.gated else 4) + 2) * self.hidden_size
 
     @property
     def projector_matrices(self) -> int:
@@ -103,11 +114,27 @@ class Vision:
         return self.merge * self.hidden_size * self.middle + self.middle * self.output_size
 
     @property
-    def parameters(self) -> int:
+    def input_parameters(self) -> int:
+        """Of the patch embedding and the position table."""
         patch = self.patch_dim * self.hidden_size + (self.hidden_size if self.patch_bias else 0)
-        projectors = self.projectors * (self.projector_matrices + self.middle + self.output_size)
-        body = patch + self.num_positions * self.hidden_size + self.num_layers * self.layer_parameters
-        return body + projectors + self.projector_norm + self.extra
+        return patch + self.num_positions * self.hidden_size
+
+    @property
+    def projector_parameters(self) -> int:
+        return self.projectors * (self.projector_matrices + self.middle) + self._projector_rest
+
+    @property
+    def projector_whole(self) -> int:
+        """Of these, the ones that every tensor-parallel rank holds: norms and last biases, or all."""
+        return self._projector_rest if self.projector_split else self.projector_parameters
+
+    @property
+    def _projector_rest(self) -> int:
+        return self.projectors * self.output_size + self.projector_norm + self.extra
+
+    @property
+    def parameters(self) -> int:
+        return self.input_parameters + self.num_layers * self.layer_parameters + self.projector_parameters
 
     def attention_pairs(self, patches: int) -> float:
         """(query, key) pairs of one image, over all layers."""
@@ -214,6 +241,7 @@ def r4b_shape(name: str, config: R4BConfig) -> ModelShape:
         projector_norm=2 * config.vision_hidden_size,
         num_positions=rows * columns,
         window=rows * columns,
+        projector_split=False,
         extra=config.hidden_size,
     )
     return ModelShape(name, decoder, vision)

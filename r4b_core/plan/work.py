@@ -64,6 +64,7 @@ class Execution:
     attention: Literal["native", "flash2", "triton"] = "triton"
     train_decoder: bool = True
     train_vision: bool = True
+    train_projector: bool = True
     varying: bool = False
     reference_copy: bool = False
 

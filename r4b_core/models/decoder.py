@@ -1,4 +1,7 @@
-"""The decoder around Megatron-Core's blocks: embedding, layers, final norm and head, one pipeline stage of it.
+"""The decoder around Megatron-Core's blocks: embedding, layers, final norm and head, one chunk of it.
+
+A pipeline rank holds one chunk, or `virtual_stages` of them (interleaved 1F1B): with two ranks and two chunks each, the
+layers lie, in order, on rank 0, rank 1, rank 0, rank 1. What is said of the first and last stage is of those chunks.
 
 Shapes: T tokens of the stream, t = T / cp of this rank, H hidden, V vocabulary.
 """
@@ -9,11 +12,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r4b_core.models.layers import DecoderConfig, decoder_spec
+from r4b_core.models.layers import DecoderConfig, Layer, decoder_spec
+from r4b_core.models.recompute import recomputes_fully, with_gradient
 from r4b_core.models.streams import Stream
 
 
@@ -24,16 +27,22 @@ class DecoderModel(LanguageModule):
     modules are added, which should be that of the forward pass.
     """
 
-    def __init__(self, settings: DecoderConfig, tie_embeddings: bool) -> None:
-        """``settings`` are the decoder's, with the layers of all stages; a tied head is the embedding table."""
+    def __init__(self, settings: DecoderConfig, tie_embeddings: bool, chunk: int = 0) -> None:
+        """``settings`` are the decoder's, with the layers of all stages; a tied head is the embedding table.
+
+        ``chunk`` counts this rank's chunks from 0.
+        """
         super().__init__(config=settings)
-        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        chunks = settings.virtual_pipeline_model_parallel_size
+        self.vp_stage = chunk if chunks is not None else None
+        self.pre_process = parallel_state.is_pipeline_first_stage() and chunk == 0
+        self.post_process = parallel_state.is_pipeline_last_stage() and chunk == (chunks or 1) - 1
         self.share_embeddings_and_output_weights = tie_embeddings
 
-    def build_decoder(self, vocab_size: int, layer: type[TransformerLayer] = TransformerLayer) -> None:
+    def build_decoder(self, vocab_size: int, layer: type[Layer] = Layer) -> None:
         """Add this stage's part of embedding, layers (of class ``layer``), final norm and head."""
         settings = self.config
+        stages = settings.pipeline_model_parallel_size * (settings.virtual_pipeline_model_parallel_size or 1)
         if self.pre_process:
             # Images are scattered into the whole stream, so sequence parallelism splits it only afterwards.
             self.embedding = LanguageModelEmbedding(
@@ -41,9 +50,10 @@ class DecoderModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             settings,
-            decoder_spec(settings.num_layers // settings.pipeline_model_parallel_size, layer),
+            decoder_spec(settings.num_layers // stages, layer),
             pre_process=self.pre_process,
             post_process=self.post_process,
+            vp_stage=self.vp_stage,
         )
         if self.post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -72,6 +82,8 @@ class DecoderModel(LanguageModule):
         Every layer is given ``context``, a tensor whose gradient survives recomputation of the layers.
         """
         if embeddings is not None:
+            if recomputes_fully(self, self.config):
+                embeddings = with_gradient(embeddings, self.decoder)
             embeddings = embeddings.unsqueeze(1)
             if self.config.sequence_parallel:
                 embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)

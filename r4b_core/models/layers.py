@@ -6,8 +6,10 @@ Shapes: t tokens on this rank, B = 1 (Megatron's batch dimension), H hidden, F M
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -20,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from r4b_core.models.recompute import again, recomputing
 from r4b_core.models.streams import Stream
 from r4b_core.parallel.device import device
 from r4b_kernels import qk_norm_mrope, rms_norm, swiglu
@@ -28,8 +31,15 @@ _MLP_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowPara
 
 
 @dataclass
-class DecoderConfig(TransformerConfig):
-    """TransformerConfig plus what Qwen3 decoders need of rope."""
+class LayerConfig(TransformerConfig):
+    """TransformerConfig plus selective recomputation as `recompute` means it."""
+
+    recompute_cheap: bool = False
+
+
+@dataclass
+class DecoderConfig(LayerConfig):
+    """LayerConfig plus what Qwen3 decoders need of rope."""
 
     rope_theta: float = 1e6
     mrope_sections: list[int] | None = None
@@ -46,7 +56,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        return again(rms_norm, x, self.weight, eps=self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -54,6 +64,10 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.normalized_shape
+        return again(F.layer_norm, x, normalized_shape=shape, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class DecoderAttention(SelfAttention):
@@ -68,7 +82,8 @@ class DecoderAttention(SelfAttention):
         **unused: object,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = split_qkv(self, hidden_states)
-        query, key = qk_norm_mrope(
+        query, key = again(
+            qk_norm_mrope,
             query,
             key,
             self.q_layernorm.weight,
@@ -131,15 +146,41 @@ class GatedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: object) -> tuple:  # type: ignore[override]
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_up))
+        return self.linear_fc2(again(swiglu, gate_up))
+
+
+class VisionMLP(MLP):
+    """MLP of the vision tower, with biases."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(
+            config,
+            _MLP_LINEARS,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: object) -> tuple:  # type: ignore[override]
+        inner, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(again(self.activation_func, inner + bias))
+
+
+class Layer(TransformerLayer):
+    """Megatron's layer, whose cheap parts are computed again in the backward pass where the configuration says so."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.config.recompute_cheap and self.training and torch.is_grad_enabled():
+            with recomputing():
+                return super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 def _layer_spec(
     attention: type,
-    mlp: type | ModuleSpec,
+    mlp: type,
     norm: type,
     qk_norm: type | None,
-    layer: type[TransformerLayer] = TransformerLayer,
+    layer: type[Layer] = Layer,
 ) -> ModuleSpec:
     return ModuleSpec(
         module=layer,
@@ -163,13 +204,13 @@ def _layer_spec(
     )
 
 
-def decoder_spec(num_layers: int, layer: type[TransformerLayer] = TransformerLayer) -> TransformerBlockSubmodules:
-    """Pre-norm Qwen3 blocks: RMSNorm, q/k norm, GQA, SwiGLU. ``layer`` may do more than Megatron's own."""
+def decoder_spec(num_layers: int, layer: type[Layer] = Layer) -> TransformerBlockSubmodules:
+    """Pre-norm Qwen3 blocks: RMSNorm, q/k norm, GQA, SwiGLU. ``layer`` may do more than `Layer`."""
     spec = _layer_spec(DecoderAttention, GatedMLP, RMSNorm, RMSNorm, layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
 def vision_spec(num_layers: int) -> TransformerBlockSubmodules:
     """Pre-norm ViT blocks: LayerNorm, biases, GELU MLP."""
-    layer = _layer_spec(VisionAttention, ModuleSpec(module=MLP, submodules=_MLP_LINEARS), LayerNorm, None)
+    layer = _layer_spec(VisionAttention, VisionMLP, LayerNorm, None)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

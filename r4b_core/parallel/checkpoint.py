@@ -175,7 +175,7 @@ def load(path: Path | str, learner: Learner) -> dict[str, Any]:
     """
     runtime = learner.runtime
     path, facts = _verify(Path(path))
-    saved = facts["layout"]
+    saved = {"virtual_stages": 1, **facts["layout"]}
     if saved["distributed_optimizer"] != runtime.distributed_optimizer:
         raise CheckpointError(
             f"{path} was saved with parallel.distributed_optimizer = {saved['distributed_optimizer']}, "

@@ -84,7 +84,7 @@ class Learner:
         """Wrap the chunks and build the optimizer. A collective of all ranks.
 
         Args:
-            model_chunks: one chunk: this rank's pipeline stage.
+            model_chunks: this rank's pipeline stage, or its ``runtime.virtual_stages`` chunks (interleaved 1F1B).
             total_steps: length of the schedule.
             freeze: parameter-name prefixes that stay fixed.
             max_skipped: skipped updates in a row that are borne before :class:`TrainingDiverged`.
@@ -92,38 +92,50 @@ class Learner:
                 then take part in every micro-batch.
 
         Raises:
-            ValueError: a prefix matches no parameter.
+            ValueError: a prefix matches no parameter, or there is another number of chunks than the layout has.
         """
-        assert len(model_chunks) == 1, "interleaved pipelines are not built"
+        if len(model_chunks) != runtime.virtual_stages:
+            raise ValueError(
+                f"model_chunks: {len(model_chunks)} of them, and parallel.virtual_stages = {runtime.virtual_stages}: "
+                "build one for each virtual stage"
+            )
         self.runtime, self.optim, self.total_steps, self.max_skipped = runtime, optim, total_steps, max_skipped
         self.step_count = 0
         self.skipped_in_a_row = 0
         optim_lib.freeze(model_chunks, optim, freeze)
         self.config = model_chunks[0].config
         self._prepare_config()
-        self.chunks = [self._wrap(chunk, overlap_grad_reduce) for chunk in model_chunks]
+        self.chunks = [self._wrap(chunk, overlap_grad_reduce, index) for index, chunk in enumerate(model_chunks)]
         if overlap_grad_reduce:
-            self.config.no_sync_func = self.chunks[0].no_sync
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.optimizer = optim_lib.build_optimizer(self.chunks, optim)
         self._sums = _Sums(runtime)
 
     @property
+    def models(self) -> list[torch.nn.Module]:
+        """This rank's chunks, unwrapped."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
     def model(self) -> torch.nn.Module:
-        """This rank's pipeline stage, unwrapped."""
-        return self.chunks[0].module
+        """This rank's pipeline stage, unwrapped, where it is one chunk."""
+        (model,) = self.models
+        return model
 
     def _prepare_config(self) -> None:
         config = self.config
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = self._finalize
 
-    def _wrap(self, chunk: torch.nn.Module, overlap: bool) -> DistributedDataParallel:
+    def _wrap(self, chunk: torch.nn.Module, overlap: bool, index: int) -> DistributedDataParallel:
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=self.runtime.distributed_optimizer,
             overlap_grad_reduce=overlap,
             grad_reduce_in_fp32=True,
         )
-        return DistributedDataParallel(self.config, ddp, chunk)
+        # The reduction of a later chunk overlaps with the work of others as a whole.
+        return DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
 
     def step(self, microbatches: Sequence[Batch], loss_fn: LossFn) -> StepResult:
         """One update from this rank's micro-batches. A collective of all ranks.
@@ -180,27 +192,29 @@ class Learner:
         microbatches: Sequence[Batch],
         fn: Callable[[torch.nn.Module, Any, Any], Any],
         *,
-        model: torch.nn.Module | None = None,
+        model: torch.nn.Module | Sequence[torch.nn.Module] | None = None,
         broadcast: bool = False,
     ) -> list[Any] | None:
         """``fn(model, batch, output)`` of each micro-batch, without gradients and in eval mode.
 
         Returns the list on the last pipeline stage, None on the others; with ``broadcast`` the list on every stage, for
         which ``fn`` returns nested lists or dicts of tensors and JSON-able values. ``model`` takes the learner's place
-        (a frozen reference of the same layout).
+        (a frozen reference of the same layout, or its chunks).
         """
         if not microbatches:
             return []
-        chunks = self.chunks if model is None else [model]
+        chunks = self.chunks if model is None else [model] if isinstance(model, torch.nn.Module) else list(model)
         training = chunks[0].training
         for chunk in chunks:
             chunk.eval()
 
-        def collect(model: torch.nn.Module, batch: Any, output: Any, non_loss_data: bool = True) -> Any:
+        def collect(
+            model: torch.nn.Module, batch: Any, output: Any, is_filler: bool, non_loss_data: bool = True
+        ) -> Any:
             return fn(model, batch, output)
 
         with torch.no_grad():
-            outputs = self._run(chunks, microbatches, collect, forward_only=True)
+            outputs = self._run(chunks, microbatches, collect, forward_only=True)[: len(microbatches)]
         for chunk in chunks:
             chunk.train(training)
         if not broadcast:
@@ -211,34 +225,52 @@ class Learner:
     def _run(
         self, chunks: list[Any], microbatches: Sequence[Batch], after: Callable[..., Any], *, forward_only: bool
     ) -> list[Any]:
+        """Megatron-Core's schedule; ``after(model, batch, output)`` follows the last stage's forward pass.
+
+        Interleaving goes round by round with as many micro-batches as there are stages: the last round is filled up
+        with the shortest one, whose ``after`` is told ``is_filler=True``.
+        """
+        fillers = -len(microbatches) % self.runtime.pp if len(chunks) > 1 else 0
+        shortest = min(microbatches, key=lambda batch: batch.num_tokens)
+        queue = [*((batch, False) for batch in microbatches), *[(shortest, True)] * fillers]
+        lengths = {batch.num_tokens for batch in microbatches}
         for chunk in chunks:
             plain = getattr(chunk, "module", chunk)
             if not hasattr(plain, "model_type"):
                 plain.model_type = ModelType.encoder_or_decoder  # the schedules ask for it
             if self.runtime.pp > 1:
-                # Each message tells its shape first, so micro-batches may differ in length.
-                plain.config.variable_seq_lengths = True
+                # Where lengths differ, each message tells its shape first.
+                plain.config.variable_seq_lengths = len(lengths) > 1
                 plain.config.pipeline_dtype = plain.config.params_dtype
 
-        def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
-            batch = next(batches)
+        def forward_step(
+            batches: Iterator[tuple[Batch, bool]], chunk: torch.nn.Module
+        ) -> tuple[Any, Callable[..., Any]]:
+            batch, is_filler = next(batches)
             output = chunk(batch)
-            return output, partial(after, getattr(chunk, "module", chunk), batch)
+            return output, partial(after, getattr(chunk, "module", chunk), batch, is_filler=is_filler)
 
-        return get_forward_backward_func()(
+        schedule = get_forward_backward_func(self.runtime.pp, len(chunks) if len(chunks) > 1 else None)
+        iterators = [iter(queue) for _ in chunks]
+        return schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
-            num_microbatches=len(microbatches),
+            num_microbatches=len(queue),
             seq_length=microbatches[0].num_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _loss(self, loss_fn: LossFn, model: torch.nn.Module, batch: Any, output: Any) -> tuple[Tensor, Tensor, dict]:
+    def _loss(
+        self, loss_fn: LossFn, model: torch.nn.Module, batch: Any, output: Any, is_filler: bool
+    ) -> tuple[Tensor, Tensor, dict]:
         loss_sum, denominator, metrics = loss_fn(model, batch, output)
-        self._sums.add(loss_sum, denominator, metrics)
+        if is_filler:
+            loss_sum = loss_sum * 0
+        else:
+            self._sums.add(loss_sum, denominator, metrics)
         # Megatron-Core counts whole tokens here; our denominators are sums of weights, so _finalize divides instead.
         return loss_sum, torch.zeros((), dtype=torch.int, device=loss_sum.device), {}
 

@@ -35,13 +35,15 @@ class Layout(Protocol):
     cp: int
     sequence_parallel: bool
     distributed_optimizer: bool
+    virtual_stages: int
 
 
 @dataclass(frozen=True)
 class Runtime:
     """This rank's place in the job: sizes, ranks and groups of tensor, pipeline, context and data parallelism.
 
-    ``dp_cp_group`` joins the ranks that hold the same parameters; ``is_main`` is True on rank 0 alone.
+    ``dp_cp_group`` joins the ranks that hold the same parameters; ``is_main`` is True on rank 0 alone. Every pipeline
+    rank holds ``virtual_stages`` chunks of the model.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Runtime:
     dp_cp_group: dist.ProcessGroup
     sequence_parallel: bool
     distributed_optimizer: bool
+    virtual_stages: int
     seed: int
     timeout_s: float
     device: torch.device
@@ -85,7 +88,7 @@ class Runtime:
     @property
     def layout(self) -> dict[str, Any]:
         """The layout as plain values, for manifests and logs."""
-        names = ("world", "tp", "pp", "cp", "dp", "sequence_parallel", "distributed_optimizer")
+        names = ("world", "tp", "pp", "cp", "dp", "sequence_parallel", "distributed_optimizer", "virtual_stages")
         return {name: getattr(self, name) for name in names}
 
     def barrier(self) -> None:
@@ -118,11 +121,16 @@ def check_layout(parallel: Layout, world: int) -> int:
     Raises:
         LayoutError: the world size is not a multiple of tp * pp * cp, or a size is below one.
     """
-    for name in ("tp", "pp", "cp"):
+    for name in ("tp", "pp", "cp", "virtual_stages"):
         if getattr(parallel, name) < 1:
             raise LayoutError(f"parallel.{name} = {getattr(parallel, name)}: must be 1 (off) or more")
     if parallel.sequence_parallel and parallel.tp == 1:
         raise LayoutError("parallel.sequence_parallel = true needs parallel.tp >= 2: raise tp or turn it off")
+    if parallel.virtual_stages > 1 and parallel.pp == 1:
+        raise LayoutError(
+            f"parallel.virtual_stages = {parallel.virtual_stages}: interleaving needs parallel.pp >= 2; raise pp or "
+            "take virtual_stages = 1"
+        )
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world % model_ranks:
         raise LayoutError(
@@ -183,6 +191,7 @@ def start(parallel: Layout, *, seed: int, timeout_s: float | None = None) -> Run
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=parallel.distributed_optimizer,
+        virtual_stages=parallel.virtual_stages,
         seed=seed,
         timeout_s=float(timeout_s),
         device=device.device(),

@@ -23,6 +23,8 @@ class Layout:
     cp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    virtual_stages: int = 1
+    recompute: str = "none"
     timeout_s: int = 60
 
 
@@ -39,7 +41,21 @@ class Optim:
     lr_scale: dict[str, float] = field(default_factory=dict)
 
 
-def sharded_tensors(model: torch.nn.Module, pick: Callable[[Tensor], Tensor]) -> Iterator[ShardedTensor]:
+Model = torch.nn.Module | Sequence[torch.nn.Module]
+"""A pipeline stage, or its chunks."""
+
+
+def chunks_of(model: Model) -> list[torch.nn.Module]:
+    return [model] if isinstance(model, torch.nn.Module) else list(model)
+
+
+def build_chunks(build: Callable[..., torch.nn.Module], layout: Any) -> list[torch.nn.Module]:
+    """This rank's chunks by ``build(layout)``, or ``build(layout, chunk)`` where there are several."""
+    count = layout.virtual_stages
+    return [build(layout)] if count == 1 else [build(layout, chunk) for chunk in range(count)]
+
+
+def sharded_tensors(model: Model, pick: Callable[[Tensor], Tensor]) -> Iterator[ShardedTensor]:
     """Every part of a tensor that this rank holds, with ``pick(parameter)`` as its data."""
 
     def visit(value: Any) -> Iterator[ShardedTensor]:
@@ -54,7 +70,7 @@ def sharded_tensors(model: torch.nn.Module, pick: Callable[[Tensor], Tensor]) ->
             for item in value:
                 yield from visit(item)
 
-    for value in model.sharded_state_dict().values():
+    for value in (value for chunk in chunks_of(model) for value in chunk.sharded_state_dict().values()):
         if isinstance(value, ShardedTensor):
             yield replace(value, data=pick(value.data))
         else:
@@ -67,7 +83,7 @@ def _place(part: ShardedTensor) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def fill_by_name(model: torch.nn.Module, scale: float = 0.05) -> None:
+def fill_by_name(model: Model, scale: float = 0.05) -> None:
     """Values that depend on a tensor's global name and place only, whatever the layout; norms lie around one."""
     for part in sharded_tensors(model, lambda parameter: parameter):
         seed = int.from_bytes(hashlib.sha256(part.key.encode()).digest()[:4], "big")
@@ -76,7 +92,7 @@ def fill_by_name(model: torch.nn.Module, scale: float = 0.05) -> None:
         part.data.copy_(whole[_place(part)].reshape(part.data.shape) + base)
 
 
-def gather_by_name(model: torch.nn.Module, pick: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+def gather_by_name(model: Model, pick: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
     """Whole tensors by global name, assembled from all ranks. A collective of all ranks."""
     parts = []
     for part in sharded_tensors(model, lambda parameter: _or_zeros(pick(parameter), parameter)):
@@ -95,11 +111,11 @@ def _or_zeros(value: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32) if value is None else value
 
 
-def parameters_by_name(model: torch.nn.Module) -> dict[str, Tensor]:
+def parameters_by_name(model: Model) -> dict[str, Tensor]:
     return gather_by_name(model, lambda parameter: parameter)
 
 
-def gradients_by_name(model: torch.nn.Module) -> dict[str, Tensor]:
+def gradients_by_name(model: Model) -> dict[str, Tensor]:
     """The whole gradient after a step without clipping and without the distributed optimizer."""
     return gather_by_name(model, lambda parameter: getattr(parameter, "main_grad", None))
 
@@ -119,40 +135,40 @@ class Measured:
 
 def measure(
     layout: Any,
-    build_model: Callable[[Any], torch.nn.Module],
+    build_model: Callable[..., torch.nn.Module],
     batches: Sequence[Any],
     loss_fn: LossFn,
     *,
-    fill: Callable[[torch.nn.Module], None] = fill_by_name,
+    fill: Callable[[Model], None] = fill_by_name,
     share: bool = True,
     optim: Any = None,
 ) -> Measured:
     """Loss and gradients of one step in ``layout``. With ``share`` data-parallel ranks divide the batches."""
     runtime = start(replace(layout, distributed_optimizer=False), seed=1)
     try:
-        model = build_model(layout)
-        fill(model)
-        learner = Learner([model], runtime, optim or Optim(clip_grad=0.0), total_steps=10)
+        chunks = build_chunks(build_model, layout)
+        fill(chunks)
+        learner = Learner(chunks, runtime, optim or Optim(clip_grad=0.0), total_steps=10)
         mine = list(batches)[runtime.dp_rank :: runtime.dp] if share else list(batches)
         result = learner.step(mine, loss_fn)
-        return Measured(result.loss, result.grad_norm, result.metrics, gradients_by_name(learner.model))
+        return Measured(result.loss, result.grad_norm, result.metrics, gradients_by_name(learner.models))
     finally:
         runtime.stop()
 
 
 def compare_layouts(
-    build_model: Callable[[Any], torch.nn.Module],
+    build_model: Callable[..., torch.nn.Module],
     batches: Sequence[Any],
     loss_fn: LossFn,
     layouts: dict[str, Any],
     *,
     tolerance: float = 5e-6,
-    fill: Callable[[torch.nn.Module], None] = fill_by_name,
+    fill: Callable[[Model], None] = fill_by_name,
 ) -> dict[str, float]:
     """Check each layout against TP = PP = CP = 1, where every rank computes all batches: one rank's result.
 
     Args:
-        build_model: layout -> this rank's pipeline stage; called after the groups exist.
+        build_model: layout (and chunk) -> this rank's pipeline stage (or chunk); called after the groups exist.
         batches: as many as the largest data-parallel size, or more.
 
     Returns:

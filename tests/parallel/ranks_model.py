@@ -28,7 +28,7 @@ from r4b_core.rollout.engine import EmbeddedEngine, bimode_requests
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
 from r4b_core.rollout.types import SamplingParams
-from tests.parallel.harness import Layout, Optim, compare_layouts
+from tests.parallel.harness import Layout, Model, Optim, compare_layouts
 
 TWO_RANKS = {
     "dp2": Layout(),
@@ -55,11 +55,11 @@ TOKENIZER = ToyTokenizer()
 MODEL = ModelConfig(shape={"num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "num_layers": 4, "vision_num_heads": 4})
 
 
-def build(layout: Any) -> torch.nn.Module:
-    return build_model(MODEL, layout, seed=3)
+def build(layout: Any, chunk: int = 0) -> torch.nn.Module:
+    return build_model(MODEL, layout, seed=3, chunk=chunk)
 
 
-def keep_initial(model: torch.nn.Module) -> None:
+def keep_initial(model: Model) -> None:
     """The model's own initial weights do not depend on the layout: that is part of what is tested."""
 
 

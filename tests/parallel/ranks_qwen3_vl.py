@@ -22,7 +22,7 @@ from r4b_core.parallel import checkpoint
 from r4b_core.parallel.learner import Learner
 from r4b_core.parallel.runtime import start
 from tests.models.qwen3_vl_oracle import SMALL, random_prompt
-from tests.parallel.harness import Layout, Optim, compare_layouts, parameters_by_name, train
+from tests.parallel.harness import Layout, Model, Optim, compare_layouts, parameters_by_name, train
 
 TWO_RANKS = {
     "dp2": Layout(),
@@ -64,13 +64,13 @@ PROMPTS = [
 def build(tie: bool) -> Any:
     model = ModelConfig(shape={**SHAPE, "tie_embeddings": tie})
 
-    def stage(layout: Any) -> Qwen3VLModel:
-        return build_model(model, layout, seed=3)
+    def stage(layout: Any, chunk: int = 0) -> Qwen3VLModel:
+        return build_model(model, layout, seed=3, chunk=chunk)
 
     return stage
 
 
-def keep_initial(model: torch.nn.Module) -> None:
+def keep_initial(model: Model) -> None:
     """The model's own initial weights do not depend on the layout: that is part of what is tested."""
 
 

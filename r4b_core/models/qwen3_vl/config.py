@@ -141,11 +141,13 @@ def decoder_settings(config: Qwen3VLConfig, parallel: ParallelConfig, dtype: str
     Raises:
         ValueError: if a layer that DeepStack adds to would lie on a later pipeline stage than the vision tower.
     """
-    first_stage = config.num_layers // parallel.pp
+    stages = parallel.pp * parallel.virtual_stages
+    first_stage = config.num_layers // stages
     if first_stage < (needed := len(config.deepstack_layers)):
+        setting = "parallel.pp" if parallel.virtual_stages == 1 else "parallel.pp * virtual_stages"
         raise ValueError(
-            f"parallel.pp = {parallel.pp}: the first stage would have {first_stage} of {config.num_layers} layers, and "
-            f"DeepStack adds to the first {needed}, which must lie with the vision tower; "
+            f"{setting} = {stages}: the first stage would have {first_stage} of {config.num_layers} "
+            f"layers, and DeepStack adds to the first {needed}, which must lie with the vision tower; "
             f"take at most {config.num_layers // needed}"
         )
     mrope = dict(mrope_sections=list(config.mrope_sections), mrope_interleaved=True)

@@ -1,4 +1,4 @@
-"""The Qwen3-VL model on Megatron-Core: one pipeline stage of it.
+"""The Qwen3-VL model on Megatron-Core: one pipeline stage of it, or one chunk of a stage.
 
 Shapes: T tokens of the stream, t = T / cp of this rank, R loss rows of this rank, H hidden, P patches, F features,
 K DeepStack layers.
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from r4b_core.config.recipe import ModelConfig, ParallelConfig
 from r4b_core.data.batch import PackedBatch
 from r4b_core.models.decoder import DecoderModel
 from r4b_core.models.init import init_weights
-from r4b_core.models.layers import DecoderConfig
+from r4b_core.models.layers import DecoderConfig, Layer
 from r4b_core.models.qwen3_vl.config import Qwen3VLConfig, decoder_settings, resolve
 from r4b_core.models.qwen3_vl.vision import VisionTower
 from r4b_core.models.streams import PackedStream, context_chunk
@@ -37,7 +36,7 @@ class DeepStackStream(PackedStream):
     feature_index: Tensor | None = None
 
 
-class DeepStackLayer(TransformerLayer):
+class DeepStackLayer(Layer):
     """A decoder layer that, being one of the first K, adds its visual features to what it returns.
 
     The features [K, F, H] come as Megatron's ``context``, which reaches every layer, recomputed ones too.
@@ -56,8 +55,8 @@ class DeepStackLayer(TransformerLayer):
 class Qwen3VLModel(DecoderModel):
     """Vision tower and DeepStack on the first stage, decoder layers over all, final norm and head on the last."""
 
-    def __init__(self, config: Qwen3VLConfig, parallel: ParallelConfig, dtype: str) -> None:
-        super().__init__(DecoderConfig(**decoder_settings(config, parallel, dtype)), config.tie_embeddings)
+    def __init__(self, config: Qwen3VLConfig, parallel: ParallelConfig, dtype: str, chunk: int = 0) -> None:
+        super().__init__(DecoderConfig(**decoder_settings(config, parallel, dtype)), config.tie_embeddings, chunk)
         self.shape = config
         if self.pre_process:
             self.vision = VisionTower(config, parallel, dtype)
@@ -102,9 +101,9 @@ class Qwen3VLModel(DecoderModel):
         return torch.where(vision_index >= 0, vision_index // self.shape.merge_size**2, vision_index)
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, seed: int) -> Qwen3VLModel:
-    """This rank's stage with initial weights that do not depend on the layout."""
+def build_model(model: ModelConfig, parallel: ParallelConfig, seed: int, chunk: int = 0) -> Qwen3VLModel:
+    """This rank's stage (chunk of it) with initial weights that do not depend on the layout."""
     config = resolve(model)
-    built = Qwen3VLModel(config, parallel, model.dtype)
+    built = Qwen3VLModel(config, parallel, model.dtype, chunk)
     init_weights(built, seed, config.init_std, config.num_layers)
     return built

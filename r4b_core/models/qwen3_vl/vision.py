@@ -7,6 +7,7 @@ dim, m patches in a block, F = P / m features, H decoder hidden, K DeepStack lay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from r4b_core.config.recipe import ParallelConfig
-from r4b_core.models.layers import LayerNorm, vision_spec
+from r4b_core.models.layers import LayerConfig, LayerNorm, vision_spec
 from r4b_core.models.qwen3_vl.config import Qwen3VLConfig, vision_settings
 from r4b_core.models.qwen3_vl.positions import check_grids
+from r4b_core.models.recompute import checkpointed, recomputes_fully, with_gradient
 from r4b_core.models.streams import VisionStream
 from r4b_core.parallel.device import device
 from r4b_kernels import merge_norm
@@ -30,7 +32,7 @@ class VisionTower(MegatronModule):
     """Patches [P, C] -> features [F, H] and DeepStack's features [K, F, H]."""
 
     def __init__(self, config: Qwen3VLConfig, parallel: ParallelConfig, dtype: str) -> None:
-        settings = TransformerConfig(**vision_settings(config, parallel, dtype))
+        settings = LayerConfig(**vision_settings(config, parallel, dtype))
         super().__init__(config=settings)
         self.shape = config
         options = dict(dtype=settings.params_dtype, device=device())
@@ -48,9 +50,13 @@ class VisionTower(MegatronModule):
         stream = RotaryVisionStream(
             cu_seqlens=cu_patches, angles=rotary_angles(places, dim, self.shape.vision_rope_theta)
         )
+        fully = recomputes_fully(self, self.config)
+        if fully:
+            x = with_gradient(x, self.blocks)
         stacked = []
         for number, layer in enumerate(self.blocks.layers):
-            x, _ = layer(x, None, packed_seq_params=stream)
+            run = partial(_run_layer, layer, stream)
+            x = checkpointed(run, x) if fully else run(x)
             if number in self.shape.deepstack_layers:
                 stacked.append(self.deepstack(len(stacked), x.squeeze(1)))
         features = self.merger(x.squeeze(1))
@@ -76,6 +82,10 @@ class VisionTower(MegatronModule):
         index, weight = bilinear_taps(places, self.shape.vision_position_side)
         position = (self.position(index) * weight.unsqueeze(2)).sum(1)
         return self.patch_embed(patches) + position.to(patches.dtype)
+
+
+def _run_layer(layer: nn.Module, stream: VisionStream, x: Tensor) -> Tensor:
+    return layer(x, None, packed_seq_params=stream)[0]
 
 
 class PatchMerger(MegatronModule):

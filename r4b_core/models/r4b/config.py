@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from r4b_core.config.recipe import ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": dict(recompute_cheap=True),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def transformer_settings(parallel: ParallelConfig, dtype: str) -> dict[str, Any]
         output_layer_init_method=_leave_to_init_weights,
         embedding_init_method=_leave_to_init_weights,
         calculate_per_token_loss=True,
+        **RECOMPUTE[parallel.recompute],
     )
 
 
@@ -137,7 +143,13 @@ def decoder_settings(config: R4BConfig, parallel: ParallelConfig, dtype: str) ->
         pipeline_dtype=DTYPES[dtype],
         moe_token_dispatcher_type="alltoall",
         variable_seq_lengths=parallel.pp > 1,
+        **(_interleaved(parallel.virtual_stages) if parallel.virtual_stages > 1 else {}),
     )
+
+
+def _interleaved(virtual_stages: int) -> dict[str, Any]:
+    """Two messages between the same two ranks in one batch are taken for each other: forward and backward go apart."""
+    return dict(virtual_pipeline_model_parallel_size=virtual_stages, overlap_p2p_comm=True, batch_p2p_comm=False)
 
 
 def vision_settings(config: R4BConfig, parallel: ParallelConfig, dtype: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The R-4B model on Megatron-Core: one pipeline stage of it.
+"""The R-4B model on Megatron-Core: one pipeline stage of it, or one chunk of a stage.
 
 Shapes: T tokens of the stream, t = T / cp of this rank, R loss rows of this rank, H hidden, P patches.
 """
@@ -23,8 +23,8 @@ from r4b_kernels import scatter_vision
 class R4BModel(DecoderModel):
     """ViT and projector on the first stage, decoder layers over all, final norm and head weight on the last."""
 
-    def __init__(self, config: R4BConfig, parallel: ParallelConfig, dtype: str) -> None:
-        super().__init__(DecoderConfig(**decoder_settings(config, parallel, dtype)), config.tie_embeddings)
+    def __init__(self, config: R4BConfig, parallel: ParallelConfig, dtype: str, chunk: int = 0) -> None:
+        super().__init__(DecoderConfig(**decoder_settings(config, parallel, dtype)), config.tie_embeddings, chunk)
         self.shape = config
         if self.pre_process:
             self.vision = VisionTower(config, parallel, dtype)
@@ -71,9 +71,9 @@ def vision_rows(vision_index: Tensor, features: Tensor) -> Tensor:
     return torch.where(vision_index == PackedBatch.NEWLINE_INDEX, features.shape[0] - 1, vision_index)
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, seed: int) -> R4BModel:
-    """This rank's stage with initial weights that do not depend on the layout."""
+def build_model(model: ModelConfig, parallel: ParallelConfig, seed: int, chunk: int = 0) -> R4BModel:
+    """This rank's stage (chunk of it) with initial weights that do not depend on the layout."""
     config = resolve(model)
-    built = R4BModel(config, parallel, model.dtype)
+    built = R4BModel(config, parallel, model.dtype, chunk)
     init_weights(built, seed, config.init_std, config.num_layers)
     return built

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from r4b_core.config.recipe import ParallelConfig
-from r4b_core.models.layers import LayerNorm, vision_spec
+from r4b_core.models.layers import LayerConfig, LayerNorm, vision_spec
 from r4b_core.models.r4b.config import R4BConfig, vision_settings
+from r4b_core.models.recompute import recomputes_fully, with_gradient
 from r4b_core.models.streams import VisionStream
 from r4b_core.parallel.device import device
 
@@ -26,7 +26,7 @@ class VisionTower(MegatronModule):
     """
 
     def __init__(self, config: R4BConfig, parallel: ParallelConfig, dtype: str) -> None:
-        settings = TransformerConfig(**vision_settings(config, parallel, dtype))
+        settings = LayerConfig(**vision_settings(config, parallel, dtype))
         super().__init__(config=settings)
         options = dict(dtype=settings.params_dtype, device=device())
         self.grid = config.vision_grid
@@ -36,6 +36,8 @@ class VisionTower(MegatronModule):
 
     def forward(self, patches: Tensor, image_grid: Tensor, cu_patches: Tensor) -> Tensor:
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype)) + self.position(self.position_index(image_grid))
+        if recomputes_fully(self, self.config):
+            x = with_gradient(x, self.blocks)
         return self.blocks(x.unsqueeze(1), None, packed_seq_params=VisionStream(cu_seqlens=cu_patches)).squeeze(1)
 
     def position_index(self, image_grid: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class Projector(MegatronModule):
     """Features [P, Hv] -> decoder inputs [P, H]: LayerNorm, Linear, GELU, Linear (R-4B appendix B.1)."""
 
     def __init__(self, config: R4BConfig, parallel: ParallelConfig, dtype: str) -> None:
-        settings = TransformerConfig(**vision_settings(config, parallel, dtype))
+        settings = LayerConfig(**vision_settings(config, parallel, dtype))
         super().__init__(config=settings)
         options = dict(dtype=settings.params_dtype, device=device())
         self.pre_norm = LayerNorm(settings, config.vision_hidden_size)

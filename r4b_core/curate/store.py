@@ -184,7 +184,10 @@ class PartitionWriter:
         self._folder = folder
         self._partition = partition
         self._fingerprint = fingerprint
-        self._aside = {suffix: folder / f".{partition.name}{suffix}.tmp" for suffix in (".parquet", ".dropped.jsonl")}
+        # A name of its own: the worker of a run that was killed may still be writing this partition.
+        own = f"{os.getpid()}-{os.urandom(4).hex()}"
+        suffixes = (".parquet", ".dropped.jsonl")
+        self._aside = {suffix: folder / f".{partition.name}{suffix}.{own}.tmp" for suffix in suffixes}
         self._attached: dict[str, bytes] = {}
         self._waiting: list[Record] = []
         self._waiting_bytes = 0
@@ -334,14 +337,16 @@ def open_stage(
             _clear(folder)
         elif (folder / STAGE_FILE).is_file():
             _compare(folder, _read_json(folder / STAGE_FILE), wanted)
-        for leftover in folder.glob(".part-*.tmp"):
-            leftover.unlink()
+        _sweep(folder)
         store = StageStore(folder, stage, fingerprint(wanted["settings"]), tuple(partitions))
         for partition in store.partitions:
             if store.is_finished(partition):
                 _check_sidecar(folder / f"{partition.name}.json", partition, store.fingerprint)
         write_atomic(folder / STAGE_FILE, json.dumps(wanted, indent=1, ensure_ascii=False))
-        yield store
+        try:
+            yield store
+        finally:
+            _sweep(folder)
 
 
 def folder_counts(folder: str | Path) -> Counts:
@@ -380,9 +385,15 @@ def _alone(folder: Path) -> Iterator[None]:
 def _clear(folder: Path) -> None:
     """Remove a stage's output, the marks of being finished first."""
     (folder / STAGE_FILE).unlink(missing_ok=True)
-    for pattern in ("part-*.json", "part-*", ".part-*.tmp"):
+    for pattern in ("part-*.json", "part-*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left."""
+    for leftover in folder.glob(".part-*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _compare(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

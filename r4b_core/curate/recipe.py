@@ -1,0 +1,84 @@
+"""The recipe of the data engine: one typed YAML from raw files to what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+import r4b_core
+from r4b_core.config.load import RecipeError, Resolved, load_settings
+from r4b_core.config.recipe import Settings
+from r4b_core.curate.select import PRESETS, SelectSettings
+from r4b_core.curate.standardize.settings import InputSettings, StandardizeSettings
+
+StageName = Literal["standardize", "generate", "verify", "score", "select"]
+STAGES: tuple[StageName, ...] = ("standardize", "generate", "verify", "score", "select")
+
+
+class CurateRecipe(Settings):
+    """Everything that one curated data set depends on."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    inputs: list[InputSettings] = Field(default_factory=list, description="raw files, in the order that decides ties")
+    workers: int | None = Field(None, ge=0, description="processes; none: one per core; 0: this process alone")
+    stages: list[StageName] = Field(default_factory=lambda: list(STAGES), description="what `r4b curate run` does")
+    standardize: StandardizeSettings = StandardizeSettings()
+    select: SelectSettings = SelectSettings()
+
+
+def stage_folders(recipe: CurateRecipe, run: str | Path) -> dict[StageName, Path]:
+    """Where each stage of the recipe puts its output: ``1-standardize``, ``2-generate``, ... whichever are left out."""
+    return {stage: Path(run) / f"{1 + STAGES.index(stage)}-{stage}" for stage in STAGES if stage in recipe.stages}
+
+
+def input_folder(recipe: CurateRecipe, run: str | Path, stage: StageName) -> Path:
+    """Where a stage's input lies: the output of the one before it.
+
+    Raises:
+        RecipeError: the recipe leaves the stage out, or begins with it.
+    """
+    folders = stage_folders(recipe, run)
+    names = list(folders)
+    if stage not in folders:
+        raise RecipeError(recipe.name, [f"stages = {names}: {stage} is not among them: add it"])
+    if stage == names[0]:
+        raise RecipeError(recipe.name, [f"stages = {names}: {stage} reads what a stage before it wrote: add one"])
+    return folders[names[names.index(stage) - 1]]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of the data engine that ship with r4b, by name."""
+    package = Path(r4b_core.__file__).parent
+    checkout = package.parent / "recipes" / "curate"
+    inside = package / "recipes" / "curate"
+    folder = checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else inside
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_curate_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Resolved[CurateRecipe]:
+    """Read a recipe: a file, or the name of a shipped one (``mmfr-123k``); see `r4b_core.config.load.load_recipe`.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    return load_settings(_find(name), overrides, CurateRecipe, _presets)
+
+
+def _find(name: str | Path) -> Path:
+    path, shipped = Path(name), shipped_recipes()
+    if path.is_file():
+        return path
+    if path in (Path(path.stem), Path("curate", path.stem), Path("recipes", "curate", f"{path.stem}.yaml")):
+        if path.stem in shipped:
+            return shipped[path.stem]
+    raise RecipeError(str(name), [f"no such file, nor a recipe of the data engine ({', '.join(shipped) or 'none'})"])
+
+
+def _presets(asked: Callable[..., Any]) -> tuple[str, Mapping[str, Any]] | None:
+    preset = asked("select", "preset")
+    known = isinstance(preset, str) and preset in PRESETS
+    return (preset, {"select": PRESETS[preset]}) if known else None

@@ -10,7 +10,8 @@ packages = [
     *find_packages(include=["r4b_core", "r4b_core.*"]),
     "r4b_core.recipes",
 ]
-data = ["**/*.md", "**/*.html", "**/*.j2", "**/*.css", "**/*.js", "*.yaml", "py.typed", "*.cpp", "*.cu", "*.h", "*.cuh"]
+pages = ["**/*.md", "**/*.html", "**/*.j2", "**/*.css", "**/*.js"]
+data = [*pages, "**/*.txt", "**/*.jsonl", "*.yaml", "py.typed", "*.cpp", "*.cu", "*.h", "*.cuh"]
 
 setup(
     packages=packages,

@@ -5,6 +5,7 @@ An unknown key is an error, and so are settings that contradict each other.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +75,14 @@ class ParallelConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _interleaving_needs_stages(self) -> ParallelConfig:
+        if self.virtual_stages > 1 and self.pp == 1:
+            raise ValueError(
+                f"virtual_stages={self.virtual_stages} interleaves pipeline stages, pp is 1: set pp >= 2 or take 1"
+            )
+        return self
+
 
 class OptimConfig(Settings):
     lr: float = Field(gt=0)
@@ -84,7 +93,21 @@ class OptimConfig(Settings):
     clip_grad: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    lr_scale: dict[str, float] = Field(default_factory=dict, description="factor by parameter-name prefix; 0 freezes")
+    lr_scale: dict[str, float] = Field(
+        default_factory=dict,
+        description="factor by parameter-name prefix (layers counted over all stages), the longest counts; 0 freezes",
+    )
+    constant: list[str] = Field(
+        default_factory=list, description="parameter-name prefixes whose rate only warms up, whatever the schedule"
+    )
+
+    @field_validator("lr_scale")
+    @classmethod
+    def _scales_are_finite(cls, scales: dict[str, float]) -> dict[str, float]:
+        for prefix, scale in scales.items():
+            if not 0 <= scale < math.inf:
+                raise ValueError(f"{prefix!r}: {scale} is no factor of a learning rate; give 0 (frozen) or more")
+        return scales
 
 
 _PER_STEP = "samples per step; of records: packed sequences per step"

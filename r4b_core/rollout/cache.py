@@ -1,12 +1,13 @@
 """The key-value cache of the embedded engine: every prompt once, every response its own.
 
-Shapes: G prompts, P longest prompt, N rows (responses being decoded), M most tokens of a response, Hk key/value heads
-on this rank, s query heads per key/value head, D head dim. P and M are rounded up to whole vectors of eight. Heads come
-first, so that what one prompt's responses ask of its keys is one matrix product without a copy of the keys.
+Shapes: G prompts, P longest prompt, N rows (responses being decoded), M columns of a row, Hk key/value heads on this
+rank, s query heads per key/value head, D head dim. P and M are rounded up to whole vectors of eight. Heads come first,
+so that what one prompt's responses ask of its keys is one matrix product without a copy of the keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,29 +20,66 @@ from r4b_kernels import dispatch, prefix_attention, qk_norm_mrope
 from r4b_kernels.layout import PrefixLayout
 
 _VECTOR = 8
+# A row begins with this many columns and doubles them: budgets are far longer than most responses.
+_FIRST_COLUMNS = 128
 
 
 @dataclass
 class PromptCache:
-    """Keys and values of all prompts, per local layer.
+    """Keys and values of some prompts, per local layer.
 
     Attributes:
+        ids: the prompts' numbers, in the order of G.
+        sizes: their tokens.
+        starts: the position of the first response token of each.
         keys: per layer [Hk, G, D, P] (transposed, as the product wants it).
         values: per layer [Hk, G, P, D].
-        lengths: int64 [G].
     """
 
+    ids: list[int]
+    sizes: list[int]
+    starts: list[int]
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    lengths: Tensor = None  # type: ignore[assignment]
 
-    def select(self, prompts: Tensor) -> PromptCache:
-        """A copy of some prompts' entries, int64 ascending."""
-        return PromptCache(
-            [key.index_select(1, prompts) for key in self.keys],
-            [value.index_select(1, prompts) for value in self.values],
-            self.lengths[prompts],
-        )
+
+def regroup(caches: Sequence[PromptCache], ids: Sequence[int]) -> PromptCache:
+    """The prompts ``ids``, each of which is in one of the caches, as one cache in that order; no copy if it is one."""
+    for cache in caches:
+        if cache.ids == ids:
+            return cache
+    where = {prompt: (cache, place) for cache in caches for place, prompt in enumerate(cache.ids)}
+    found = [where[prompt] for prompt in ids]
+    made = PromptCache(
+        list(ids), [cache.sizes[place] for cache, place in found], [cache.starts[place] for cache, place in found]
+    )
+    # For each cache: the places there, and the places here.
+    parts: list[tuple[PromptCache, Tensor, Tensor]] = []
+    for cache in caches:
+        pairs = [(there, here) for here, (owner, there) in enumerate(found) if owner is cache]
+        if pairs:
+            there, here = torch.tensor(pairs, device=cache.values[0].device).unbind(1)
+            parts.append((cache, there, here))
+    columns = whole_vectors(max(made.sizes))
+    for layer in range(len(parts[0][0].keys)):
+        made.keys.append(_gather([(cache.keys[layer], *places) for cache, *places in parts], len(ids), columns, 3))
+        made.values.append(_gather([(cache.values[layer], *places) for cache, *places in parts], len(ids), columns, 2))
+    return made
+
+
+def _gather(parts: Sequence[tuple[Tensor, Tensor, Tensor]], prompts: int, columns: int, dim: int) -> Tensor:
+    """[Hk, prompts, ...] with ``columns`` along ``dim``: of each (source, there, here) what is there, put here."""
+    if len(parts) == 1:
+        ((source, there, _),) = parts
+        return source.narrow(dim, 0, columns).index_select(1, there)
+    shape = list(parts[0][0].shape)
+    shape[1], shape[dim] = prompts, columns
+    # Zeros: what no prompt fills is never seen, but must be finite.
+    out = parts[0][0].new_zeros(shape)
+    for source, there, here in parts:
+        width = min(columns, source.shape[dim])
+        out.narrow(dim, 0, width).index_copy_(1, here, source.narrow(dim, 0, width).index_select(1, there))
+    return out
 
 
 class Attention(Protocol):
@@ -63,15 +101,15 @@ class Attention(Protocol):
 class PromptAttention:
     """Attends like training does, and keeps the keys and values of every prompt."""
 
-    def __init__(self, lengths: list[int], config: DecoderConfig) -> None:
-        self.config = config
-        self.cache = PromptCache(lengths=torch.tensor(lengths))
-        self.layout = PrefixLayout.from_lengths(lengths)
-        starts = self.layout.offsets[:-1].long()
-        self.position = torch.arange(sum(lengths)) - starts.repeat_interleave(self.cache.lengths)
+    def __init__(self, cache: PromptCache, position_ids: Tensor, config: DecoderConfig) -> None:
+        """``cache`` is to be filled; ``position_ids`` int64 [3, n] of all its prompts, one after the other."""
+        self.cache, self.config, self.position_ids = cache, config, position_ids
+        device = position_ids.device
+        self.layout = PrefixLayout.from_lengths(cache.sizes, device=device)
+        lengths, starts = self.layout.offsets.diff().long(), self.layout.offsets[:-1].long()
         # [G, P], each prompt's tokens in the stream; what is behind its end is never seen.
-        columns = torch.arange(whole_vectors(max(lengths)))
-        self.index = torch.where(columns < self.cache.lengths[:, None], starts[:, None] + columns, 0)
+        columns = torch.arange(whole_vectors(max(cache.sizes)), device=device)
+        self.index = torch.where(columns < lengths[:, None], starts[:, None] + columns, 0)
 
     def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         share = mixed.shape[2] - 2
@@ -80,8 +118,10 @@ class PromptAttention:
             mixed[:, :, share],
             q_norm,
             k_norm,
-            self.position.expand(3, -1),
+            self.position_ids,
             theta=self.config.rope_theta,
+            sections=self.config.mrope_sections,
+            interleaved=self.config.mrope_interleaved,
             eps=self.config.layernorm_epsilon,
         )
         value = mixed[:, :, share + 1]
@@ -94,63 +134,111 @@ class ResponseCache:
     """Keys and values of the rows, and how the rows find their prompts'.
 
     Rows are sorted by prompt. A row's tokens stand in its own columns in their order; what lies after them is not seen.
+    All rows have equally many columns, which grow with the longest of them.
     """
 
-    def __init__(self, prompts: PromptCache, max_length: int, config: DecoderConfig) -> None:
-        self.all_prompts = self.prompts = prompts
-        columns = whole_vectors(max_length)
-        self.keys = [key.new_zeros(key.shape[0], 0, key.shape[2], columns) for key in prompts.keys]
-        self.values = [value.new_zeros(value.shape[0], 0, columns, value.shape[3]) for value in prompts.values]
-        self._prompt = torch.zeros(0, dtype=torch.int64)
-        # The op's own implementation, chosen once: a step has no time for its checks.
-        sample = prompts.values[0], self.values[0]
-        self._attention = dispatch.resolve("decode_attention", sample[0].device, None, *sample).forward
-        dim, self._eps = config.kv_channels, config.layernorm_epsilon
-        self._scale = dim**-0.5
-        # An ended row may be decoded on, until its neighbours have ended: at most for another response.
-        self._rope_table = _rope_table(
-            dim, config.rope_theta, int(prompts.lengths.max()) + 2 * max_length, sample[0].dtype
-        )
+    def __init__(self, max_length: int, config: DecoderConfig) -> None:
+        """``max_length`` is the most tokens that a response may have."""
+        self.prompts = PromptCache([], [], [])
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._ready: list[PromptCache] = []
+        self._row_prompts: list[int] = []
+        self._most = whole_vectors(max_length)
+        self._columns = 0
+        self._dim, self._theta, self._eps = config.kv_channels, config.rope_theta, config.layernorm_epsilon
+        self._scale = self._dim**-0.5
+        self._rope_table: Tensor | None = None
 
-    def rearrange(self, kept: Tensor, admitted: Tensor, more_to_come: bool) -> Tensor:
+    def add(self, prompts: PromptCache) -> None:
+        """Prompts whose requests may be admitted from now on."""
+        self._ready.append(prompts)
+
+    def holds(self, prompt: int) -> bool:
+        """Whether the keys and values of a prompt are at hand."""
+        return any(prompt in cache.ids for cache in (self.prompts, *self._ready))
+
+    def rearrange(
+        self, kept: Sequence[int], admitted: Sequence[int], waiting: Collection[int], longest: int
+    ) -> list[int]:
         """Keep some rows and add empty ones.
 
         Args:
-            kept: int64 [k], rows to keep.
-            admitted: int64 [n], the prompts of new rows.
-            more_to_come: whether prompts without rows may be asked for later; if not, they are forgotten.
+            kept: rows to keep.
+            admitted: the prompts of new rows.
+            waiting: prompts that rows may be asked for later; others without rows are forgotten.
+            longest: the most tokens that a kept row has.
 
         Returns:
-            int64 [k + n], for every new row its place in ``cat(kept, admitted)``.
+            For every new row its place in ``[*kept, *admitted]``.
         """
-        prompt = torch.cat([self._prompt[kept], admitted])
-        order = torch.argsort(prompt, stable=True)
-        source = torch.cat([kept, torch.zeros_like(admitted)])[order]
-        # A new row's columns hold whatever was there: they are not seen until they are written.
-        pick = _pick if len(self._prompt) else _zeros
-        self.keys = [pick(key, source) for key in self.keys]
-        self.values = [pick(value, source) for value in self.values]
-        self._prompt = prompt[order]
-        self._find_prompts(more_to_come)
+        prompt = [*(self._row_prompts[n] for n in kept), *admitted]
+        order = sorted(range(len(prompt)), key=prompt.__getitem__)
+        had_rows, self._row_prompts = bool(self._row_prompts), [prompt[n] for n in order]
+        self._find_prompts(waiting)
+        like = self.prompts.values[0]
+        room = self._room(longest)
+        if had_rows:
+            # A new row's columns hold whatever was there: they are not seen until they are written.
+            source = torch.tensor([kept[n] if n < len(kept) else 0 for n in order], device=like.device)
+            room = min(room, self._columns)
+            self.keys = [key[..., :room].index_select(1, source) for key in self.keys]
+            self.values = [value[:, :, :room].index_select(1, source) for value in self.values]
+        else:
+            heads, rows = like.shape[0], len(order)
+            self.keys = [like.new_zeros(heads, rows, self._dim, room) for _ in self.prompts.keys]
+            self.values = [like.new_zeros(heads, rows, room, self._dim) for _ in self.prompts.keys]
+        self._columns = room
+        # The op's own implementation, chosen once for many steps: a step has no time for its checks.
+        self._attention = dispatch.resolve("decode_attention", like.device, None, like, self.values[0]).forward
         return order
 
-    def _find_prompts(self, more_to_come: bool) -> None:
-        active, group, counts = torch.unique_consecutive(self._prompt, return_inverse=True, return_counts=True)
-        self.prompts = self.all_prompts
-        if len(active) < len(self.all_prompts.lengths):
-            self.prompts = self.all_prompts.select(active)
-        if not more_to_come:
-            self.all_prompts, self._prompt = self.prompts, group
-        self.offsets = F.pad(counts.cumsum(0), (1, 0))
-        self._lengths = self.prompts.lengths[group]
+    def _find_prompts(self, waiting: Collection[int]) -> None:
+        """The prompts of the rows side by side, and each row's among them."""
+        active = list(dict.fromkeys(self._row_prompts))
+        held = [self.prompts, *self._ready]
+        self.prompts = regroup(held, active)
+        later = set(waiting) - set(active)
+        self._ready = [cache for cache in held if cache is not self.prompts and not later.isdisjoint(cache.ids)]
+        device = self.prompts.values[0].device
+        group = {prompt: place for place, prompt in enumerate(active)}
+        counts = [0] * (len(active) + 1)
+        for prompt in self._row_prompts:
+            counts[group[prompt] + 1] += 1
+        self._offsets = torch.tensor(counts, device=device).cumsum(0)
+        self._lengths = torch.tensor(self.prompts.sizes, device=device)
+        starts = self.prompts.starts
+        self._start = torch.tensor([starts[group[prompt]] for prompt in self._row_prompts], device=device)
+        self._last_start = max(starts)
 
-    def step(self, position: Tensor) -> None:
+    def _room(self, columns: int) -> int:
+        """Columns to hold, at least so many (as far as a response may go)."""
+        room = _FIRST_COLUMNS
+        while room < columns:
+            room *= 2
+        return min(room, self._most)
+
+    def step(self, position: Tensor, longest: int) -> None:
         """Call once before a decode step's layers: every row gets its token at a position int64 [N].
 
-        A position before a row's first makes it idle; one past its last column overwrites that one.
+        A position before a row's first makes it idle; one past the last column of a response overwrites that one.
+        ``longest`` is the most tokens that a row will have.
         """
-        self._column = position - self._lengths
-        self._rope = self._rope_table.index_select(1, position)
+        if (room := self._room(longest)) > self._columns:
+            more = room - self._columns
+            for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+                self.keys[layer], self.values[layer] = F.pad(key, (0, more)), F.pad(value, (0, 0, 0, more))
+            self._columns = room
+        self._column = position - self._start
+        self._rope = self._turns(self._last_start + longest).index_select(1, position)
+
+    def _turns(self, positions: int) -> Tensor:
+        """[2, at least so many positions, D], see `_rope_table`; made anew twice as long where it is too short."""
+        if self._rope_table is None or self._rope_table.shape[1] < positions:
+            like = self.values[0]
+            length = self._last_start + 2 * max(self._columns, positions - self._last_start)
+            self._rope_table = _rope_table(self._dim, self._theta, length, like.dtype, like.device)
+        return self._rope_table
 
     def attend(self, layer: int, mixed: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         """See `Attention`; one token per row, by `r4b_kernels.decode_attention`."""
@@ -162,8 +250,8 @@ class ResponseCache:
             self._column,
             self.prompts.keys[layer],
             self.prompts.values[layer],
-            self.prompts.lengths,
-            self.offsets,
+            self._lengths,
+            self._offsets,
             self.keys[layer],
             self.values[layer],
             self._eps,
@@ -176,17 +264,9 @@ def whole_vectors(columns: int) -> int:
     return columns + -columns % _VECTOR
 
 
-def _pick(x: Tensor, rows: Tensor) -> Tensor:
-    return x.index_select(1, rows)
-
-
-def _zeros(x: Tensor, rows: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[0], len(rows), *x.shape[2:])
-
-
-def _rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype) -> Tensor:
+def _rope_table(dim: int, theta: float, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[2, positions, D], factors of x and of x rolled by D/2; a response token has one position on all axes."""
-    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).to(dtype)

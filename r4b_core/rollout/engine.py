@@ -1,15 +1,15 @@
 """The embedded engine: samples from the Megatron model itself, both modes in one continuous batch.
 
-Every prompt (and its image) is computed once, whatever the number of its responses. Requests wait in line for a place
-in the batch; a response that ends frees its place at once. Tensor-parallel ranks decode together, pipeline stages pass
-the hidden states on, and every rank returns the same rollouts.
+Every prompt (and its images) is computed once, whatever the number of its responses, and not before its turn comes.
+Requests wait in line for a place in the batch; a response that ends frees its place at once. Tensor-parallel ranks
+decode together, pipeline stages pass the hidden states on, and every rank returns the same rollouts.
 
 Shapes: G prompts, N active requests, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,29 +19,48 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from r4b_core.data.encoding import EncodedPrompt
-from r4b_core.models.r4b.model import R4BModel, vision_rows
+from r4b_core.models.decoder import DecoderModel
 from r4b_core.modes import Mode, ModeTokens
 from r4b_core.rollout.cache import PromptAttention, PromptCache, ResponseCache
-from r4b_core.rollout.decode import DecoderLayers
+from r4b_core.rollout.decode import DecoderLayers, DeepStack, embed_prompts
 from r4b_core.rollout.sampling import Draw, draw, uniform
 from r4b_core.rollout.types import FinishReason, Request, Rollout, SamplingParams
-from r4b_kernels import scatter_vision
 
 _NOT_FORCED = -1
 # Rows of ended responses stay in the batch until they are this share of it: making room costs a copy of the cache.
 _ENDED_SHARE = 0.25
+# Points of the distribution are made for so many steps at once.
+_POINTS = 64
 
 
 class EmbeddedEngine:
     """Draws responses from a model stage that the trainer owns; weights are read in place, never copied."""
 
-    def __init__(self, model: R4BModel, mode_tokens: ModeTokens, vocab_size: int, batch: int = 128) -> None:
-        """``vocab_size`` is the tokenizer's: padded rows of the head are never drawn. ``batch`` bounds N."""
-        self.model = model
+    def __init__(
+        self,
+        model: DecoderModel | Sequence[DecoderModel],
+        mode_tokens: ModeTokens,
+        vocab_size: int,
+        batch: int = 128,
+        prefill_tokens: int = 16_384,
+    ) -> None:
+        """An engine over this rank's stage.
+
+        Args:
+            model: the pipeline stage, or its chunks where the pipeline is interleaved.
+            vocab_size: the tokenizer's: rows of the head beyond it are never drawn.
+            batch: bounds N. A row holds keys and values for as many tokens as the longest of all rows has.
+            prefill_tokens: prompts are computed some at a time, of so many tokens with each one as long as the longest;
+                a longer prompt alone.
+        """
+        self.chunks = [model] if isinstance(model, DecoderModel) else list(model)
         self.mode_tokens = mode_tokens
         self.vocab_size = vocab_size
         self.batch = batch
+        self.prefill_tokens = prefill_tokens
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
+        weight = next(self.chunks[0].parameters())
+        self.device, self.dtype = weight.device, weight.dtype
 
     @torch.no_grad()
     def generate(
@@ -56,24 +75,16 @@ class EmbeddedEngine:
         if not requests:
             return []
         with self._eval_mode():
-            cache, prompt_logits = self._prefill(prompts)
-            return _ContinuousBatch(self, cache, prompt_logits, requests, params).run()
+            return _ContinuousBatch(self, prompts, requests, params).run()
 
-    # As a decorator on a generator, no_grad holds inside only: whoever reads the stream keeps gradients.
     @torch.no_grad()
-    def stream(self, prompt: EncodedPrompt, request: Request, params: SamplingParams) -> Iterator[int]:
-        """The tokens of one response as they are drawn (``request.prompt`` is 0). Raises like `generate`."""
+    def stream(self, prompt: EncodedPrompt, request: Request, params: SamplingParams) -> TokenStream:
+        """One response (``request.prompt`` is 0) token by token; its prompt is computed now. Raises like `generate`."""
         self._check_budget([request], params)
         with self._eval_mode():
-            cache, prompt_logits = self._prefill([prompt])
-            batch = _ContinuousBatch(self, cache, prompt_logits, [request], params)
-        steps = batch.steps()
-        while True:
-            with self._eval_mode():
-                drawn = next(steps, None)
-            if drawn is None:
-                return
-            yield drawn[0]
+            batch = _ContinuousBatch(self, [prompt], [request], params)
+            batch.prefill([0])
+        return TokenStream(self, batch)
 
     def _check_budget(self, requests: Sequence[Request], params: SamplingParams) -> None:
         longest = max((len(self.mode_tokens.forced(request.mode)) for request in requests), default=0)
@@ -84,70 +95,89 @@ class EmbeddedEngine:
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        was_training = self.model.training
-        self.model.eval()
+        were_training = [chunk.training for chunk in self.chunks]
         try:
+            for chunk in self.chunks:
+                chunk.eval()
             yield
         finally:
-            self.model.train(was_training)
+            for chunk, was_training in zip(self.chunks, were_training, strict=True):
+                chunk.train(was_training)
 
-    def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[PromptCache, Tensor]:
-        """Keys and values of all prompts, and the logits [G, V] of each prompt's next token."""
-        layers = DecoderLayers(self.model)
-        attention = PromptAttention([len(prompt.tokens) for prompt in prompts], self.model.config)
-        hidden = self._through_stages(
-            lambda: self._embed_prompts(prompts), lambda x: layers(x, attention), len(attention.position)
+    def layers(self) -> list[DecoderLayers]:
+        """The layers of each chunk."""
+        made: list[DecoderLayers] = []
+        for chunk in self.chunks:
+            made.append(DecoderLayers(chunk, first=sum(len(before.layers) for before in made)))
+        return made
+
+    # What training caches (tables by content) may be made here too, so it must not be made in inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prefill(
+        self, ids: Sequence[int], prompts: Sequence[EncodedPrompt], layers: Sequence[DecoderLayers]
+    ) -> tuple[PromptCache, Tensor]:
+        """Keys and values of the prompts numbered ``ids``, and the logits [G, V] of each one's next token."""
+        position_ids = torch.cat([prompt.position_ids for prompt in prompts], 1).to(self.device)
+        cache = PromptCache(
+            list(ids), [prompt.num_tokens for prompt in prompts], [prompt.next_position for prompt in prompts]
         )
-        last = attention.layout.offsets[1:].long() - 1
-        return attention.cache, self._logits(hidden[last] if hidden is not None else None, len(prompts))
+        attention = PromptAttention(cache, position_ids, self.chunks[0].config)
+        stack: list[DeepStack | None] = [None]
 
-    def _embed_prompts(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        model = self.model
-        tokens = torch.cat([prompt.tokens for prompt in prompts])
-        patches = torch.cat([prompt.patches for prompt in prompts])
-        grid = torch.cat([prompt.image_grid for prompt in prompts])
-        first_patch, vision_index = 0, []
-        for prompt in prompts:
-            index = prompt.vision_index
-            vision_index.append(torch.where(index >= 0, index + first_patch, index))
-            first_patch += len(prompt.patches)
-        cu_patches = F.pad(grid.prod(dim=1).cumsum(0), (1, 0)).to(torch.int32)
-        features = model.embed_images(patches, grid, cu_patches)
-        return scatter_vision(model.embed_tokens(tokens), features, vision_rows(torch.cat(vision_index), features))
+        def embed() -> Tensor:
+            embeddings, stack[0] = embed_prompts(self.chunks[0], prompts, self.device)
+            return embeddings
+
+        def run(chunk: int, hidden: Tensor) -> Tensor:
+            return layers[chunk](hidden, attention, stack[0] if chunk == 0 else None)
+
+        hidden = self._through_stages(embed, run, position_ids.shape[1])
+        last = attention.layout.offsets[1:].long() - 1
+        return cache, self._logits(hidden[last] if hidden is not None else None, len(prompts))
 
     def _through_stages(
-        self, embed: Callable[[], Tensor], layers: Callable[[Tensor], Tensor], rows: int
+        self, embed: Callable[[], Tensor], run: Callable[[int, Tensor], Tensor], rows: int
     ) -> Tensor | None:
-        """Run one forward [rows, H] through all pipeline stages; its result on the last stage, None on the others."""
-        model = self.model
-        if model.pre_process:
-            hidden = embed()
-        else:
-            hidden = torch.empty(rows, model.config.hidden_size, dtype=model.config.params_dtype)
-            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), self.pipeline)
-        out = layers(hidden)
-        if model.post_process:
-            return out
-        torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), self.pipeline)
+        """One forward [rows, H] through all pipeline stages; its result on the last stage, None on the others.
+
+        ``run`` takes the number of one of this rank's chunks and the hidden states that go into it.
+        """
+        for number, chunk in enumerate(self.chunks):
+            if chunk.pre_process:
+                hidden = embed()
+            else:
+                hidden = torch.empty(rows, chunk.config.hidden_size, dtype=self.dtype, device=self.device)
+                torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), self.pipeline)
+            hidden = run(number, hidden)
+            if chunk.post_process:
+                return hidden
+            following = parallel_state.get_pipeline_model_parallel_next_rank()
+            torch.distributed.send(hidden.contiguous(), following, self.pipeline)
         return None
 
-    def decode(self, tokens: Tensor, position: Tensor, layers: DecoderLayers, cache: ResponseCache) -> Tensor:
-        """Logits [N, V] after one more token int64 [N] per row, at positions int64 [N]."""
-        cache.step(position)
-        hidden = self._through_stages(lambda: self._embed_tokens(tokens), lambda x: layers(x, cache), len(tokens))
+    def decode(
+        self, tokens: Tensor, position: Tensor, longest: int, layers: Sequence[DecoderLayers], cache: ResponseCache
+    ) -> Tensor:
+        """Logits [N, V] after one more token int64 [N] per row, at positions int64 [N]; see `ResponseCache.step`."""
+        cache.step(position, longest)
+        hidden = self._through_stages(
+            lambda: self._embed_tokens(tokens), lambda chunk, x: layers[chunk](x, cache), len(tokens)
+        )
         return self._logits(hidden, len(tokens))
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
-        if self.model.tp_group.size() > 1:
-            return self.model.embed_tokens(tokens)
-        return F.embedding(tokens, self.model.embedding.word_embeddings.weight)
+        first = self.chunks[0]
+        if first.tp_group.size() > 1:
+            return first.embed_tokens(tokens)
+        return F.embedding(tokens, first.embedding.word_embeddings.weight)
 
     def _logits(self, hidden: Tensor | None, rows: int) -> Tensor:
         """Whole logits [N, V] on every rank: gathered over the vocabulary shards, sent back over the stages."""
-        model = self.model
         if hidden is not None:
-            weight = model.head_weight()
-            if group := model.head_group():
+            last = self.chunks[-1]
+            weight = last.head_weight()
+            if group := last.head_group():
                 shard = F.linear(hidden, weight).float()
                 shards = [torch.empty_like(shard) for _ in range(group.size())]
                 torch.distributed.all_gather(shards, shard, group=group)
@@ -155,10 +185,31 @@ class EmbeddedEngine:
             else:
                 logits = F.linear(hidden, weight[: self.vocab_size]).float()
         else:
-            logits = torch.empty(rows, self.vocab_size)
+            logits = torch.empty(rows, self.vocab_size, device=self.device)
         if self.pipeline.size() > 1:
             torch.distributed.broadcast(logits, parallel_state.get_pipeline_model_parallel_last_rank(), self.pipeline)
         return logits
+
+
+class TokenStream:
+    """The tokens of one response as they are drawn.
+
+    Attributes:
+        thinking_probability, direct_probability: the policy's, of the two decisions; known before the first token.
+    """
+
+    def __init__(self, engine: EmbeddedEngine, batch: _ContinuousBatch) -> None:
+        self._engine, self._steps = engine, batch.steps()
+        self.thinking_probability, self.direct_probability = batch.decisions[0]
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    # Inside only: whoever reads the stream keeps gradients and the model's training mode.
+    @torch.no_grad()
+    def __next__(self) -> int:
+        with self._engine._eval_mode():
+            return next(self._steps)[0]
 
 
 class _ContinuousBatch:
@@ -171,121 +222,166 @@ class _ContinuousBatch:
     def __init__(
         self,
         engine: EmbeddedEngine,
-        prompts: PromptCache,
-        prompt_logits: Tensor,
+        prompts: Sequence[EncodedPrompt],
         requests: Sequence[Request],
         params: SamplingParams,
     ) -> None:
-        self.engine, self.params, self.requests = engine, params, requests
-        self.prompt_logits = prompt_logits
-        modes = engine.mode_tokens
-        count, budget = len(requests), params.max_new_tokens
-        self.prompt = torch.tensor([request.prompt for request in requests])
-        self.seed = torch.tensor([request.seed for request in requests])
-        forced = [modes.forced(request.mode) for request in requests]
+        self.engine, self.prompts, self.requests, self.params = engine, prompts, requests, params
+        forced = [engine.mode_tokens.forced(request.mode) for request in requests]
         self.num_forced = max(map(len, forced))
-        self.forced = torch.tensor(
-            [[*tokens, *[_NOT_FORCED] * (self.num_forced + 1 - len(tokens))] for tokens in forced]
-        )
-        self.thinking_probability = prompt_logits.softmax(-1)[:, modes.newline]
-        self.tokens = torch.zeros(count, budget, dtype=torch.int64)
-        self.logprobs = torch.zeros(count, budget)
-        self.entropies = torch.zeros(count, budget)
-        self.lengths = [0] * count
-        self.stopped = [False] * count
-        self.waiting = deque(range(count))
-        self.prompt_lengths = prompts.lengths
-        self.cache = ResponseCache(prompts, budget, engine.model.config)
-        self.layers = DecoderLayers(engine.model)
+        self.forced = [[*tokens, *[_NOT_FORCED] * (self.num_forced + 1 - len(tokens))] for tokens in forced]
+        self.decisions: dict[int, tuple[float, float]] = {}
+        self.tokens: list[list[int]] = [[] for _ in requests]
+        self.logprobs: list[list[float]] = [[] for _ in requests]
+        self.entropies: list[list[float]] = [[] for _ in requests]
+        self.stopped = [False] * len(requests)
+        self.waiting = deque(range(len(requests)))
+        # How many requests of each prompt wait, and the prompts to compute in the order in which they are asked for.
+        self.waiting_of = Counter(request.prompt for request in requests)
+        self.to_compute = deque(self.waiting_of)
+        self.first_logits: dict[int, Tensor] = {}
+        self.layers = engine.layers()
+        self.cache = ResponseCache(params.max_new_tokens, engine.chunks[0].config)
 
     def run(self) -> list[Rollout]:
         for _ in self.steps():
             pass
-        columns = (x.tolist() for x in (self.tokens, self.logprobs, self.entropies))
-        thinking = self.thinking_probability.tolist()
-        return [
-            self._rollout(row, *(values[: self.lengths[row]] for values in rows), thinking[self.requests[row].prompt])
-            for row, rows in enumerate(zip(*columns, strict=True))
-        ]
+        return [self._rollout(row) for row in range(len(self.requests))]
 
     @torch.inference_mode()
     def steps(self) -> Iterator[list[int]]:
         """One token for every row per step, until no request is left. Yields the tokens drawn."""
-        none = torch.zeros(0, dtype=torch.int64)
-        rows, step, token = none, none, none
+        rows: list[int] = []
+        begun: list[int] = []
+        token: list[int] = []
         alive: list[bool] = []
         while self.waiting or any(alive):
-            kept = torch.tensor([n for n, is_alive in enumerate(alive) if is_alive], dtype=torch.int64)
+            kept = [n for n, is_alive in enumerate(alive) if is_alive]
             fresh = self._admit(self.engine.batch - len(kept))
-            order = self.cache.rearrange(kept, self.prompt[fresh], more_to_come=bool(self.waiting))
-            rows = torch.cat([rows[kept], fresh])[order]
-            step = torch.cat([step[kept], torch.zeros_like(fresh)])[order]
-            token = torch.cat([token[kept], torch.zeros_like(fresh)])[order]
+            order = self.cache.rearrange(
+                kept,
+                [self.requests[row].prompt for row in fresh],
+                self.waiting_of,
+                max((begun[n] for n in kept), default=0),
+            )
+            rows, begun, token = (
+                [joined[n] for n in order]
+                for joined in (
+                    [*(rows[n] for n in kept), *fresh],
+                    [*(begun[n] for n in kept), *[0] * len(fresh)],
+                    [*(token[n] for n in kept), *[0] * len(fresh)],
+                )
+            )
             alive = [True] * len(rows)
-            token, taken = yield from self._stretch(rows, step, token, alive)
-            step = step + taken
+            token, taken = yield from self._stretch(rows, begun, token, alive)
+            begun = [step + taken for step in begun]
 
-    def _admit(self, places: int) -> Tensor:
-        return torch.tensor([self.waiting.popleft() for _ in range(min(places, len(self.waiting)))], dtype=torch.int64)
+    def _admit(self, places: int) -> list[int]:
+        """The next requests in line, whose prompts are then at hand."""
+        fresh = [self.waiting.popleft() for _ in range(min(places, len(self.waiting)))]
+        prompts = [self.requests[row].prompt for row in fresh]
+        self.prefill(prompts)
+        self.waiting_of -= Counter(prompts)
+        return fresh
+
+    def prefill(self, prompts: Sequence[int]) -> None:
+        """Compute those of the prompts that are not at hand, and as many of the next ones as fit with them."""
+        missing = {prompt for prompt in prompts if not self.cache.holds(prompt)}
+        while missing:
+            ids, longest = [], 0
+            while self.to_compute:
+                longest = max(longest, self.prompts[self.to_compute[0]].num_tokens)
+                if ids and (len(ids) + 1) * longest > self.engine.prefill_tokens:
+                    break
+                ids.append(self.to_compute.popleft())
+            missing -= set(ids)
+            cache, logits = self.engine.prefill(ids, [self.prompts[prompt] for prompt in ids], self.layers)
+            self.cache.add(cache)
+            self.first_logits |= zip(ids, logits, strict=True)
+            modes = self.engine.mode_tokens
+            probability = logits.softmax(-1)[:, [modes.newline, modes.blank_line]]
+            self.decisions |= zip(ids, map(tuple, probability.tolist()), strict=True)
 
     def _stretch(
-        self, rows: Tensor, step: Tensor, token: Tensor, alive: list[bool]
-    ) -> Generator[list[int], None, tuple[Tensor, int]]:
+        self, rows: list[int], begun: list[int], last: list[int], alive: list[bool]
+    ) -> Generator[list[int], None, tuple[list[int], int]]:
         """Decode the rows until enough have ended. Marks the ended ones; returns the last tokens and steps taken."""
-        requests, begun = rows.tolist(), step.tolist()
-        budget, turn_end = self.params.max_new_tokens, self.engine.mode_tokens.turn_end
-        points = uniform(self.seed[rows], step + torch.arange(budget)[:, None])
-        prompt = self.prompt[rows]
-        position = self.prompt_lengths[prompt] + step - 1
+        device, budget, turn_end = self.engine.device, self.params.max_new_tokens, self.engine.mode_tokens.turn_end
+        step, token = torch.tensor(begun, device=device), torch.tensor(last, device=device)
+        seed = torch.tensor([self.requests[row].seed for row in rows], device=device)
+        start = torch.tensor([self.prompts[self.requests[row].prompt].next_position for row in rows], device=device)
+        position = start + step - 1
+        block = torch.arange(_POINTS, device=device)[:, None]
         limit = [budget] * len(rows)
         drawn: list[Draw] = []
         while len(rows) - sum(alive) < max(1, int(len(rows) * _ENDED_SHARE)):
             taken = len(drawn)
+            logits = None
             if taken or max(begun):
-                logits = self.engine.decode(token, position + taken, self.layers, self.cache)
+                longest = max(begun) + taken
+                logits = self.engine.decode(token, position + taken, longest, self.layers, self.cache)
             if not taken and not min(begun):
-                # A new row's first token follows from its prompt; what was decoded for it went nowhere.
-                first = self.prompt_logits[prompt]
-                logits = torch.where((step == 0)[:, None], first, logits) if max(begun) else first
+                logits = self._with_first(logits, rows, begun)
+            if taken % _POINTS == 0:
+                points = uniform(seed, step + taken + block)
             forced = None
             if min(begun) + taken < self.num_forced:
-                forced = self.forced[rows, (step + taken).clamp_(max=self.num_forced)]
-            drawn.append(draw(logits, points[taken], forced, self.params.temperature, self.params.top_p))
+                places = [min(n + taken, self.num_forced) for n in begun]
+                forced = torch.tensor(
+                    [self.forced[row][place] for row, place in zip(rows, places, strict=True)], device=device
+                )
+            drawn.append(draw(logits, points[taken % _POINTS], forced, self.params.temperature, self.params.top_p))
             token = drawn[-1].token
             tokens = token.tolist()
             for n, drawn_token in enumerate(tokens):
                 if alive[n] and (drawn_token == turn_end or begun[n] + taken + 1 == budget):
                     alive[n] = False
-                    limit[n] = self.lengths[requests[n]] = begun[n] + taken + 1
-                    self.stopped[requests[n]] = drawn_token == turn_end
+                    limit[n] = begun[n] + taken + 1
+                    self.stopped[rows[n]] = drawn_token == turn_end
             yield tokens
-        self._file(rows, step, torch.tensor(limit), drawn)
-        return token, len(drawn)
+        self._file(rows, [end - first for end, first in zip(limit, begun, strict=True)], drawn)
+        return tokens, len(drawn)
 
-    def _file(self, rows: Tensor, step: Tensor, limit: Tensor, drawn: list[Draw]) -> None:
-        """Write a stretch's draws to their requests; a row's places from its limit on were drawn after its end."""
-        place = step + torch.arange(len(drawn))[:, None]
-        counts = place < limit
-        where = rows.expand_as(place)[counts], place[counts]
-        self.tokens[where] = torch.stack([each.token for each in drawn])[counts]
-        self.logprobs[where] = torch.stack([each.logprob for each in drawn])[counts]
-        self.entropies[where] = torch.stack([each.entropy for each in drawn])[counts]
+    def _with_first(self, logits: Tensor | None, rows: list[int], begun: list[int]) -> Tensor:
+        """The logits [N, V] of a first step: a new row's first token follows from its prompt.
 
-    def _rollout(
-        self, row: int, tokens: list[int], logprobs: list[float], entropies: list[float], thinking: float
-    ) -> Rollout:
+        What was decoded for it went nowhere.
+        """
+        new = [n for n, steps in enumerate(begun) if not steps]
+        prompts = [self.requests[rows[n]].prompt for n in new]
+        first = torch.stack([self.first_logits[prompt] for prompt in prompts])
+        for prompt in prompts:
+            if not self.waiting_of[prompt]:
+                self.first_logits.pop(prompt, None)
+        if logits is None:
+            return first
+        logits[torch.tensor(new, device=logits.device)] = first
+        return logits
+
+    def _file(self, rows: list[int], counts: list[int], drawn: list[Draw]) -> None:
+        """Write a stretch's draws to their requests; what was drawn after a row's end is not counted."""
+        for name in Draw._fields:
+            columns = torch.stack([getattr(each, name) for each in drawn], 1).tolist()
+            filed = getattr(self, _FILED[name])
+            for row, count, values in zip(rows, counts, columns, strict=True):
+                filed[row] += values[:count]
+
+    def _rollout(self, row: int) -> Rollout:
         request, modes = self.requests[row], self.engine.mode_tokens
         return Rollout(
-            tokens=tokens,
-            logprobs=logprobs,
-            entropies=entropies,
+            tokens=self.tokens[row],
+            logprobs=self.logprobs[row],
+            entropies=self.entropies[row],
             mode=request.mode,
-            taken=modes.mode_of(tokens),
+            taken=modes.mode_of(self.tokens[row]),
             forced=len(modes.forced(request.mode)),
             finish=FinishReason.STOP if self.stopped[row] else FinishReason.LENGTH,
             seed=request.seed,
-            thinking_probability=thinking,
+            thinking_probability=self.decisions[request.prompt][0],
         )
+
+
+_FILED = {"token": "tokens", "logprob": "logprobs", "entropy": "entropies"}
 
 
 def bimode_requests(prompts: int, group_size: int, free: bool, seeds: Callable[[int, int], int]) -> list[Request]:

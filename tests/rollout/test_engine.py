@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_budgets_below_the_forced_tokens_are_refused(model: R4BModel, prompts: l
     with pytest.raises(ValueError, match="max_new_tokens=2: the forced tokens of a mode take 2"):
         engine.generate(prompts, [Request(0, Mode.DIRECT, 0)], SamplingParams(2))
     with pytest.raises(ValueError, match="max_new_tokens=1: the forced tokens of a mode take 1"):
-        next(engine.stream(prompts[0], Request(0, Mode.THINKING, 0), SamplingParams(1)))
+        engine.stream(prompts[0], Request(0, Mode.THINKING, 0), SamplingParams(1))
     (rollout,) = engine.generate(prompts, [Request(0, Mode.AUTO, 0)], SamplingParams(1))
     assert len(rollout.tokens) == 1
 
@@ -247,20 +248,62 @@ def test_prompts_that_nobody_asks_for_do_not_matter(model: R4BModel, prompts: li
 
 def test_a_prompt_is_stored_once_whatever_its_responses(model: R4BModel, prompts: list[EncodedPrompt]) -> None:
     engine = EmbeddedEngine(model, ENDLESS, VOCABULARY, batch=12)
+    requests = [Request(k % 2, Mode.AUTO, k) for k in range(40)]
+    batch = _ContinuousBatch(engine, prompts, requests, SamplingParams(6))
     with torch.no_grad():
-        cache, logits = engine._prefill(prompts)
-        requests = [Request(k % 2, Mode.AUTO, k) for k in range(40)]
-        batch = _ContinuousBatch(engine, cache, logits, requests, SamplingParams(6))
         next(batch.steps())
     layers, heads, dim = SMALL["num_layers"], SMALL["num_kv_heads"], SMALL["head_dim"]
-    # Both in whole vectors.
-    longest, budget = whole_vectors(max(prompt.num_tokens for prompt in prompts)), whole_vectors(6)
-    assert sum(x.numel() for x in (*cache.keys, *cache.values)) == 2 * layers * len(prompts) * heads * dim * longest
     # Only the two prompts in work are at hand, whatever the number of their rows, and a row holds its own tokens alone.
+    longest, budget = whole_vectors(max(prompt.num_tokens for prompt in prompts[:2])), whole_vectors(6)
     held = (*batch.cache.prompts.keys, *batch.cache.prompts.values)
     assert sum(x.numel() for x in held) == 2 * layers * 2 * heads * dim * longest
     own = (*batch.cache.keys, *batch.cache.values)
     assert sum(x.numel() for x in own) == 2 * layers * engine.batch * heads * dim * budget
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 24, 60])
+def test_prompts_are_computed_when_their_turn_comes(
+    model: R4BModel, prompts: list[EncodedPrompt], prefill_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some at a time, each once, however small the batch and whatever the order of the requests; none is kept."""
+    chunks: list[list[int]] = []
+    genuine = EmbeddedEngine.prefill
+
+    def recorded(self: EmbeddedEngine, ids: list[int], *rest: Any) -> Any:
+        chunks.append(ids)
+        return genuine(self, ids, *rest)
+
+    requests, params = requests_for(len(prompts)), SamplingParams(16)
+    requests = [requests[k] for k in torch.randperm(16, generator=torch.Generator().manual_seed(3)).tolist()]
+    want = EmbeddedEngine(model, MODES, VOCABULARY).generate(prompts, requests, params)
+    monkeypatch.setattr(EmbeddedEngine, "prefill", recorded)
+    engine = EmbeddedEngine(model, MODES, VOCABULARY, batch=2, prefill_tokens=prefill_tokens)
+    batch = _ContinuousBatch(engine, prompts, requests, params)
+    with torch.no_grad():
+        assert_same(batch.run(), want)
+    assert [prompt for chunk in chunks for prompt in chunk] == list(dict.fromkeys(r.prompt for r in requests))
+    sizes = [[prompts[prompt].num_tokens for prompt in chunk] for chunk in chunks]
+    assert all(len(chunk) == 1 or len(chunk) * max(chunk) <= prefill_tokens for chunk in sizes)
+    assert (len(chunks) == 4) == (prefill_tokens == 1)
+    assert not batch.first_logits and not batch.cache._ready
+
+
+def test_the_cache_grows_with_the_responses(model: R4BModel, prompts: list[EncodedPrompt]) -> None:
+    """Not with their budget; and what was drawn before it grew stays in sight."""
+    engine, params = EmbeddedEngine(model, ENDLESS, VOCABULARY, batch=2), SamplingParams(150)
+    requests = [Request(0, Mode.AUTO, 1), Request(1, Mode.DIRECT, 2), Request(3, Mode.THINKING, 3)]
+    batch = _ContinuousBatch(engine, prompts, requests, params)
+    columns = []
+    with torch.no_grad():
+        for _ in batch.steps():
+            columns.append(batch.cache.keys[0].shape[3])
+    assert sorted(set(columns)) == [128, whole_vectors(150)] and columns[127] == 128 < columns[140]
+    assert columns[-1] == whole_vectors(150) and columns[151] == 128, "the next rows begin with few columns again"
+    for request, rollout in zip(requests, (batch._rollout(row) for row in range(3)), strict=True):
+        logprob, _ = training_forward(model, prompts[request.prompt], rollout.tokens, 1.0)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), logprob, rtol=0, atol=3e-5)
+    huge = EmbeddedEngine(model, MODES, VOCABULARY).generate(prompts, requests_for(4), SamplingParams(1_000_000))
+    assert all(rollout.finish is FinishReason.STOP for rollout in huge)
 
 
 def test_stream_gives_the_same_tokens_and_disturbs_nobody(model: R4BModel, prompts: list[EncodedPrompt]) -> None:
@@ -274,6 +317,10 @@ def test_stream_gives_the_same_tokens_and_disturbs_nobody(model: R4BModel, promp
     assert got == want.tokens
     engine.generate(prompts[:1], [request], params)
     assert model.training
+    stream = engine.stream(prompts[0], request, params)
+    assert stream.thinking_probability == want.thinking_probability
+    logprob, _ = training_forward(model, prompts[0], [MODES.blank_line], 1.0)
+    assert stream.direct_probability == pytest.approx(float(logprob.exp()), rel=1e-4)
 
 
 def test_bimode_requests() -> None:

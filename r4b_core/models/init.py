@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
+
+from r4b_core.parallel.names import global_names
 
 
 @torch.no_grad()
@@ -25,28 +26,14 @@ def init_weights(model: nn.Module, seed: int, std: float, num_layers: int) -> No
         std: standard deviation; that of matrices which write to the residual is std / sqrt(2 * num_layers).
         num_layers: of the decoder.
     """
-    offsets = {
-        name: module.layer_number - 1
-        for name, module in model.named_modules()
-        if hasattr(module, "self_attention") and hasattr(module, "layer_number")
-    }
+    names = global_names(model)
     for name, parameter in model.named_parameters():
-        parameter.copy_(_initial_value(global_name(name, offsets), parameter, seed, std, num_layers))
-
-
-def global_name(name: str, layer_index: dict[str, int]) -> str:
-    """A parameter's name with its layer's global index, whatever pipeline stage holds it."""
-    for prefix, index in layer_index.items():
-        if name.startswith(prefix + "."):
-            return re.sub(r"\d+$", str(index), prefix) + name[len(prefix) :]
-    return name
+        parameter.copy_(_initial_value(names[name], parameter, seed, std, num_layers))
 
 
 def _initial_value(name: str, parameter: Tensor, seed: int, std: float, num_layers: int) -> Tensor:
     if parameter.dim() == 1 and "image_newline" not in name:
         return torch.zeros_like(parameter) if name.endswith("bias") else torch.ones_like(parameter)
-    # The last stage's copy of tied embeddings must equal the first stage's table.
-    name = name.replace("output_layer.weight", "embedding.word_embeddings.weight") if _is_tied(parameter) else name
     shape, tp = list(parameter.shape), parallel_state.get_tensor_model_parallel_world_size()
     sharded = getattr(parameter, "tensor_model_parallel", False) and tp > 1
     dim = getattr(parameter, "partition_dim", 0)
@@ -61,10 +48,6 @@ def _initial_value(name: str, parameter: Tensor, seed: int, std: float, num_laye
     if sharded:
         full = _shard(full, dim, getattr(parameter, "partition_stride", 1), tp)
     return full.to(parameter)
-
-
-def _is_tied(parameter: Tensor) -> bool:
-    return getattr(parameter, "shared_embedding", False)
 
 
 def _shard(full: Tensor, dim: int, stride: int, tp: int) -> Tensor:

@@ -50,7 +50,7 @@ class StepResult:
         denominator: the total that divided the gradient.
         metrics: the loss function's sums over all micro-batches, data and context ranks.
         grad_norm: L2 norm before clipping; 0 where nothing was computed.
-        lr: learning rate of parts without a multiplier.
+        lr: learning rate of parts without a multiplier that follow the schedule.
         skipped: True if the parameters were left as they were, for ``reason``.
     """
 
@@ -162,7 +162,7 @@ class Learner:
         if denominator == 0:
             return StepResult(0.0, 0.0, totals, 0.0, lr, True, "the denominator is 0: no row of this step carries loss")
         loss = loss_sum / denominator
-        optim_lib.set_hyperparameters(self.optimizer, self.optim, lr)
+        optim_lib.set_hyperparameters(self.optimizer, self.optim, self.step_count - 1, self.total_steps)
         overflow = self.optimizer.prepare_grads()
         grad_norm = optim_lib.gradient_norm(self.optimizer)
         if overflow or not (math.isfinite(loss) and math.isfinite(grad_norm)):

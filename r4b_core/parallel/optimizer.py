@@ -7,7 +7,8 @@ keeps the same state (step per parameter group, two moments per parameter), henc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import megatron.core.optimizer as mcore_optimizer
@@ -18,6 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from r4b_core.parallel import device
+from r4b_core.parallel.names import global_names, has_prefix
 
 
 class Optim(Protocol):
@@ -32,6 +34,7 @@ class Optim(Protocol):
     warmup_steps: int
     schedule: str
     lr_scale: dict[str, float]
+    constant: Sequence[str]
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -98,23 +101,15 @@ def install_adam() -> bool:
     return mcore_optimizer.Adam is GroupStepAdamW
 
 
-def parameter_name(name: str) -> str:
-    """A parameter's name without the prefixes that wrappers (DDP, mixed precision) put before it."""
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
-
-
-def has_prefix(name: str, prefix: str) -> bool:
-    """Whether ``prefix`` is ``name`` or a leading part of it, cut at a dot."""
-    prefix = prefix.rstrip(".")
-    return name == prefix or name.startswith(prefix + ".")
+def longest_prefix(name: str, prefixes: Iterable[str]) -> str | None:
+    """The longest of ``prefixes`` that matches a global name."""
+    return max((prefix for prefix in prefixes if has_prefix(name, prefix)), key=len, default=None)
 
 
 def lr_multiplier(name: str, lr_scale: dict[str, float]) -> float:
-    """The multiplier of the longest prefix in ``lr_scale`` that matches, else 1."""
-    matches = [prefix for prefix in lr_scale if has_prefix(parameter_name(name), prefix)]
-    return float(lr_scale[max(matches, key=len)]) if matches else 1.0
+    """The multiplier of the longest prefix in ``lr_scale`` that matches a global name, else 1."""
+    prefix = longest_prefix(name, lr_scale)
+    return 1.0 if prefix is None else float(lr_scale[prefix])
 
 
 def freeze(model_chunks: Sequence[torch.nn.Module], optim: Optim, prefixes: Sequence[str] = ()) -> None:
@@ -128,30 +123,31 @@ def freeze(model_chunks: Sequence[torch.nn.Module], optim: Optim, prefixes: Sequ
     for prefix, scale in optim.lr_scale.items():
         if scale < 0 or not math.isfinite(scale):
             raise ValueError(f"optim.lr_scale[{prefix!r}] = {scale}: a multiplier is finite and 0 (frozen) or more")
-    settings = {**dict.fromkeys(prefixes, "freeze"), **dict.fromkeys(optim.lr_scale, "optim.lr_scale")}
-    _check_prefixes(model_chunks, settings)
+    settings = {"freeze": prefixes, "optim.lr_scale": list(optim.lr_scale), "optim.constant": optim.constant}
+    _check_prefixes(model_chunks, [(setting, prefix) for setting, given in settings.items() for prefix in given])
     for chunk in model_chunks:
+        names = global_names(chunk)
         for name, param in chunk.named_parameters():
-            if lr_multiplier(name, optim.lr_scale) == 0 or any(has_prefix(parameter_name(name), p) for p in prefixes):
+            known = names[name]
+            if lr_multiplier(known, optim.lr_scale) == 0 or longest_prefix(known, prefixes) is not None:
                 param.requires_grad_(False)
 
 
-def _check_prefixes(model_chunks: Sequence[torch.nn.Module], prefixes: dict[str, str]) -> None:
-    if not prefixes:
+def _check_prefixes(model_chunks: Sequence[torch.nn.Module], given: list[tuple[str, str]]) -> None:
+    """``given``: (setting, prefix), the same on all ranks."""
+    if not given:
         return
-    names = [parameter_name(name) for chunk in model_chunks for name, _ in chunk.named_parameters()]
-    ordered = sorted(prefixes)
-    found = torch.tensor(
-        [float(any(has_prefix(name, prefix) for name in names)) for prefix in ordered], device=device.device()
-    )
+    names = [name for chunk in model_chunks for name in global_names(chunk).values()]
+    hits = [float(any(has_prefix(name, prefix) for name in names)) for _, prefix in given]
+    found = torch.tensor(hits, device=device.device())
     # A pipeline stage holds only some parts: a prefix must match on at least one rank.
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    for prefix, hit in zip(ordered, found.tolist(), strict=True):
+    for (setting, prefix), hit in zip(given, found.tolist(), strict=True):
         if not hit:
             parts = ", ".join(sorted({name.split(".")[0] for name in names}))
             raise ValueError(
-                f"{prefixes[prefix]} names {prefix!r}, but no parameter's name begins with it: "
-                f"the parts on this rank are {parts}"
+                f"{setting} names {prefix!r}, but no parameter's name begins with it: the parts on this rank are "
+                f"{parts} (a tied head is its embedding table, layers are counted over all pipeline stages)"
             )
 
 
@@ -177,22 +173,35 @@ def build_optimizer(model_chunks: Sequence[torch.nn.Module], optim: Optim) -> Me
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=ddp.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, chunks, config_overrides=_group_overrides(optim))
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=_group_overrides(chunks, optim))
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not part.is_stub_optimizer:
             part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 
-def _group_overrides(optim: Optim) -> dict[ParamKey, dict[str, float]]:
-    def key(label: str, matches: Any) -> ParamKey:
-        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=label, fn=matches))
+def _group_overrides(model_chunks: Sequence[torch.nn.Module], optim: Optim) -> dict[ParamKey, dict[str, float | bool]]:
+    """What sets a parameter's group apart. Megatron-Core finds a checkpoint's groups by these fields, and by no others:
+    "decoupled" is its name for a rate that does not follow the schedule."""
+    known: dict[torch.Tensor, str] = {}
+    for chunk in model_chunks:
+        names = global_names(chunk)
+        known.update((param, names[name]) for name, param in chunk.named_parameters())
 
-    overrides = {key("no_weight_decay", lambda param, name: param.dim() <= 1): {"wd_mult": 0.0}}
+    def key(label: str, matches: Callable[[torch.Tensor], bool]) -> ParamKey:
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=label, fn=lambda param, _: matches(param)))
+
+    def has_scale(param: torch.Tensor, scale: float) -> bool:
+        return lr_multiplier(known[param], optim.lr_scale) == scale
+
+    overrides: dict[ParamKey, dict[str, float | bool]] = {
+        key("no_weight_decay", lambda param: param.dim() <= 1): {"wd_mult": 0.0},
+        key("constant", lambda param: longest_prefix(known[param], optim.constant) is not None): {
+            "is_decoupled_lr": True
+        },
+    }
     for scale in sorted({float(value) for value in optim.lr_scale.values()} - {1.0}):
-        overrides[
-            key(f"lr_scale_{scale}", lambda param, name, scale=scale: lr_multiplier(name, optim.lr_scale) == scale)
-        ] = {"lr_mult": scale}
+        overrides[key(f"lr_scale_{scale}", partial(has_scale, scale=scale))] = {"lr_mult": scale}
     return overrides
 
 
@@ -204,10 +213,8 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
     Raises:
         ValueError: the schedule's name is unknown.
     """
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.lr
+    if step < optim.warmup_steps or optim.schedule == "constant":
+        return constant_rate(step, optim)
     span = max(1, total_steps - 1 - optim.warmup_steps)
     progress = min(1.0, (step - optim.warmup_steps) / span)
     if optim.schedule == "cosine":
@@ -219,10 +226,19 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * share)
 
 
-def set_hyperparameters(optimizer: MegatronOptimizer, optim: Optim, lr: float) -> None:
-    """Write ``lr`` and the rest of ``optim`` into every group, so that a loaded checkpoint cannot keep older values."""
+def constant_rate(step: int, optim: Optim) -> float:
+    """Learning rate of update ``step`` (from 0) of the parts that only warm up."""
+    return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup_steps))
+
+
+def set_hyperparameters(optimizer: MegatronOptimizer, optim: Optim, step: int, total_steps: int) -> None:
+    """Write the rates of update ``step`` and the rest of ``optim`` into every group.
+
+    So a loaded checkpoint cannot keep older values.
+    """
+    scheduled, constant = learning_rate(step, optim, total_steps), constant_rate(step, optim)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
+        group["lr"] = (constant if group["is_decoupled_lr"] else scheduled) * group["lr_mult"]
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         group["betas"] = tuple(optim.betas)
         group["eps"] = optim.eps

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from r4b_core.config.recipe import ModelConfig, ParallelConfig
 from r4b_core.models import init
-from r4b_core.models.init import global_name
 from r4b_core.models.r4b.config import resolve
 from r4b_core.models.r4b.model import R4BModel, build_model
+from r4b_core.parallel.names import global_name
 
 
 def toy(seed: int = 0, **shape: object) -> R4BModel:
@@ -130,9 +130,16 @@ def test_megatron_tells_how_parameters_are_cut() -> None:
 
 
 def test_a_tied_head_on_another_stage_gets_the_embedding_table() -> None:
+    def head(tied: bool) -> Tensor:
+        stage = nn.Module()
+        stage.output_layer = nn.Linear(8, 64, bias=False)
+        stage.output_layer.weight.shared_embedding = tied
+        init.init_weights(stage, 0, 0.1, 2)
+        return stage.output_layer.weight
+
     table = fill((64, 8), "embedding.word_embeddings.weight")
-    assert torch.equal(fill((64, 8), "output_layer.weight", shared_embedding=True), table)
-    assert not torch.equal(fill((64, 8), "output_layer.weight"), table)
+    assert torch.equal(head(tied=True), table)
+    assert not torch.equal(head(tied=False), table)
 
 
 def test_unknown_sizes_and_fields_are_named() -> None:

@@ -39,6 +39,7 @@ class Optim:
     warmup_steps: int = 2
     schedule: str = "cosine"
     lr_scale: dict[str, float] = field(default_factory=dict)
+    constant: list[str] = field(default_factory=list)
 
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]

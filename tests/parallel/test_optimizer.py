@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from r4b_core.parallel.optimizer import GroupStepAdamW, has_prefix, learning_rate, lr_multiplier
+from r4b_core.parallel.names import has_prefix
+from r4b_core.parallel.optimizer import GroupStepAdamW, learning_rate, lr_multiplier
 from r4b_core.parallel.runtime import Runtime
 from tests.parallel.harness import Layout, Optim
 from tests.parallel.toy import toy_batches, toy_loss
@@ -65,7 +66,7 @@ def test_prefixes_end_at_dots_and_the_longest_wins() -> None:
     assert has_prefix("vision.x", "vision.")
     assert not has_prefix("visionary.x", "vision")
     scale = {"vision": 0.1, "vision.merger": 1.0, "head": 0.0}
-    assert lr_multiplier("module.module.vision.blocks.0.weight", scale) == 0.1
+    assert lr_multiplier("vision.blocks.0.weight", scale) == 0.1
     assert lr_multiplier("vision.merger.weight", scale) == 1.0
     assert lr_multiplier("head.weight", scale) == 0.0
     assert lr_multiplier("decoder.weight", scale) == 1.0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from r4b_core.cli import bench, demo, doctor, evaluate, generate, plan, report, show, train
+from r4b_core.cli import bench, convert, demo, doctor, evaluate, generate, plan, report, show, train
 from r4b_core.cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(convert.app, name="convert")
 app.command("report")(report.report)
 app.command("show")(show.show)
 app.command("plan")(plan.plan)

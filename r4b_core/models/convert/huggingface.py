@@ -159,7 +159,7 @@ def open_weights(folder: Path, canonical: Callable[[str], str]) -> tuple[dict[st
         problems.append(_no_weights(folder))
     entries: dict[str, Entry] = {}
     for file in files:
-        for entry in _read_header(folder / file, problems):
+        for entry in read_header(folder / file, problems):
             if entry.name in listed and listed[entry.name] != file:
                 problems.append(f"{entry.name}: the index says {listed[entry.name]}, and {file} holds it too")
                 continue
@@ -188,7 +188,7 @@ def _weight_map(path: Path, problems: list[str]) -> dict[str, str]:
     return {name: file for name, file in found.items() if file not in strange}
 
 
-def _read_header(path: Path, problems: list[str]) -> Iterable[Entry]:
+def read_header(path: Path, problems: list[str]) -> Iterable[Entry]:
     if not path.is_file():
         problems.append(f"{path.name}: the index names this file, and it is missing")
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from r4b_core.models.convert.rules import Rule, fused_by_group, per_layer, rule, weight_and_bias
+from r4b_core.models.convert.rules import Rule, Shape, fused_by_group, per_layer, rule, weight_and_bias
 from r4b_core.models.convert.settings import Settings
 from r4b_core.models.qwen3_vl.config import SIZES, Qwen3VLConfig
 from r4b_core.models.r4b.convert import MOST_LAYERS, decoder_rules, decoder_shape
@@ -14,7 +15,7 @@ from r4b_core.models.r4b.convert import MOST_LAYERS, decoder_rules, decoder_shap
 ARCHITECTURES = ("Qwen3VLForConditionalGeneration",)
 VISION, LANGUAGE = "model.visual.", "model.language_model."
 
-__all__ = ["ARCHITECTURES", "SIZES", "canonical", "defaults", "is_unused", "read_shape", "rules"]
+__all__ = ["ARCHITECTURES", "SIZES", "beyond", "canonical", "is_unused", "read_shape", "rules"]
 
 _RENAMED = [
     (re.compile(r"^visual\."), VISION),
@@ -81,7 +82,8 @@ def is_unused(name: str, shape: Qwen3VLConfig) -> bool:
     return name.endswith(".inv_freq")
 
 
-def defaults(shape: Qwen3VLConfig) -> dict[str, tuple[tuple[int, ...], float]]:
+def beyond(config: Mapping[str, Any], shape: Qwen3VLConfig) -> dict[str, tuple[Shape, float | None]]:
+    """Tensors that a ``config.json`` describes and the model does not use: none."""
     return {}
 
 

@@ -7,9 +7,11 @@ The names are those that vLLM's R-4B reads (vllm/model_executor/models/rvl.py): 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from r4b_core.models.convert.rules import Rule, by_group, per_layer, rule, stacked, weight_and_bias
+from r4b_core.models.convert.rules import Rule, Shape, by_group, per_layer, rule, stacked, weight_and_bias
 from r4b_core.models.convert.settings import Settings
 from r4b_core.models.r4b.config import SIZES, R4BConfig
 
@@ -21,7 +23,7 @@ VISION, LANGUAGE, PROJECTOR = (
     "model.multi_modal_projector.",
 )
 
-__all__ = ["ARCHITECTURES", "SIZES", "canonical", "defaults", "is_unused", "read_shape", "rules"]
+__all__ = ["ARCHITECTURES", "SIZES", "beyond", "canonical", "is_unused", "read_shape", "rules"]
 
 _RENAMED = [
     (re.compile(r"^(?:model\.)?language_model\.model\."), LANGUAGE),
@@ -118,10 +120,16 @@ def is_unused(name: str, shape: R4BConfig) -> bool:
     return rest.startswith(("post_layernorm.", "head.")) or rest == "embeddings.position_ids"
 
 
-def defaults(shape: R4BConfig) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Shape and fill of tensors that readers of a checkpoint expect and the model does not use."""
+def beyond(config: Mapping[str, Any], shape: R4BConfig) -> dict[str, tuple[Shape, float | None]]:
+    """Tensors that a ``config.json`` describes and the model does not use: shape, and what to fill it with if missing.
+
+    None: nothing can stand for it. The ViT's last norm acts on nothing that is looked at.
+    """
+    total = replace(shape, vision_num_layers=config["vision_config"].get("num_hidden_layers", 12))
+    layers = [rule for rule in vision_rules(total, VISION) if (rule.layer or 0) >= shape.vision_num_layers]
     size = (shape.vision_hidden_size,)
-    return {VISION + "post_layernorm.weight": (size, 1.0), VISION + "post_layernorm.bias": (size, 0.0)}
+    norm = {VISION + "post_layernorm.weight": (size, 1.0), VISION + "post_layernorm.bias": (size, 0.0)}
+    return {name: (dims, None) for rule in layers for name, dims in rule.theirs.items()} | norm
 
 
 def read_shape(config: Settings) -> dict[str, Any]:

@@ -1,0 +1,280 @@
+"""Folders that are complete or absent, written part by part: what was finished before a stop is not done again.
+
+While it is written, ``NAME`` is the folder ``NAME.partial``: ``content`` becomes ``NAME`` by one rename, ``parts`` says
+which files of it are finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from r4b_core.models.convert.rules import Shape
+from r4b_core.models.convert.settings import ConversionError
+
+RECORD = "conversion.json"
+# Files beside the weights that a model cannot be used without; none of them is code.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_MOST_COMPANION_BYTES = 1 << 28
+
+OnProgress = Callable[[int, int], None]
+
+
+class Stream:
+    """What a file is written through: counts, hashes, and tells a progress bar."""
+
+    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None]) -> None:
+        self._file, self._on_bytes, self._digest, self.position = file, on_bytes, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        count = memoryview(data).nbytes
+        self._file.write(data)
+        self._digest.update(data)
+        self.position += count
+        self._on_bytes(count)
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+class Workplace:
+    """The folder in the making; see :func:`workplace`."""
+
+    def __init__(self, target: Path, record: Mapping[str, Any], on_progress: OnProgress | None) -> None:
+        self.target, self.record = target, dict(record)
+        self.partial = target.with_name(f"{target.name}.partial")
+        self.content, self.parts = self.partial / "content", self.partial / "parts"
+        self.done = self.total = 0
+        self._on_progress = on_progress
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """Say how many bytes the parts will have.
+
+        Raises:
+            ConversionError: the disk has no room for what is still to be written.
+        """
+        self.total = sum(sizes.values())
+        todo = sum(size for name, size in sizes.items() if self._finished(name) is None)
+        free = shutil.disk_usage(self.partial).free
+        if todo > free:
+            raise ConversionError(
+                f"{self.target.parent} has {_gigabytes(free)} free, and {_gigabytes(todo)} are to be written: free "
+                "space, or give another --to"
+            )
+
+    def part(self, name: str, write: Callable[[Stream], Any]) -> dict[str, Any]:
+        """Write one file, unless it is finished: its size, SHA-256 and what ``write`` returned (plain JSON values)."""
+        found = self._finished(name)
+        if found is None:
+            aside = self.partial / "unfinished"
+            with aside.open("wb") as file:
+                stream = Stream(file, self._advance)
+                extra = write(stream)
+                file.flush()
+                os.fsync(file.fileno())
+            (self.content / name).parent.mkdir(parents=True, exist_ok=True)
+            aside.rename(self.content / name)
+            found = {"size": stream.position, "sha256": stream.sha256, "extra": extra}
+            write_json(self.parts / f"{name.replace('/', '+')}.json", found)
+            # As a later run will find it, so that what is made of it does not depend on where this one began.
+            return json.loads(json.dumps(found))
+        self._advance(found["size"])
+        return found
+
+    def _finished(self, name: str) -> dict[str, Any] | None:
+        note, path = self.parts / f"{name.replace('/', '+')}.json", self.content / name
+        try:
+            found = json.loads(note.read_text())
+            return found if path.stat().st_size == found["size"] else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if self._on_progress is not None:
+            self._on_progress(self.done, max(self.total, self.done))
+
+    def publish(self, last: Mapping[str, Any] | None = None) -> None:
+        """Write the record and the files of ``last`` (JSON), make all durable, and give the folder its name."""
+        for name, value in {RECORD: self.record, **(last or {})}.items():
+            write_json(self.content / name, value, indent=2)
+        for folder in [*(path for path in self.content.rglob("*") if path.is_dir()), self.content]:
+            _sync(folder)
+        if self.target.is_dir():
+            self.target.rmdir()
+        os.rename(self.content, self.target)
+        _sync(self.target.parent)
+
+
+@contextmanager
+def workplace(target: Path, record: Mapping[str, Any], on_progress: OnProgress | None = None) -> Iterator[Workplace]:
+    """A place to write ``target``; ``record`` says what it is made of, and what is found of another is discarded.
+
+    Raises:
+        ConversionError: ``target`` is something else, another process writes it, or the disk is full.
+    """
+    check_target(target)
+    place = Workplace(target, record, on_progress)
+    partial = place.partial
+    if partial.exists() and any(partial.iterdir()) and not (partial / RECORD).is_file():
+        raise ConversionError(
+            f"{partial} is in the way and not an unfinished conversion: move it, or give another --to"
+        )
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / "lock").open("w") as lock:
+            _lock(lock, partial)
+            if _read(partial / RECORD) != place.record:
+                for path in (place.content, place.parts):
+                    shutil.rmtree(path, ignore_errors=True)
+                write_json(partial / RECORD, place.record)
+            place.content.mkdir(exist_ok=True)
+            place.parts.mkdir(exist_ok=True)
+            yield place
+        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConversionError(
+            f"{target.parent} is full ({error.strerror}). What is finished stays in {partial}: free space and give the "
+            "same command again, which goes on from there, or remove it"
+        ) from error
+    except RuntimeError as error:
+        # torch's serialization turns a failed write into a RuntimeError.
+        raise ConversionError(f"{partial} could not be written ({error}); what is finished stays there") from error
+
+
+def check_target(target: Path) -> None:
+    """
+    Raises:
+        ConversionError: ``target`` exists and is not an empty folder.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConversionError(f"--to {target} exists and is not a folder: give another")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConversionError(f"--to {target} exists and is not empty: give another, or remove it first")
+
+
+def is_done(target: Path, record: Mapping[str, Any]) -> bool:
+    """Is ``target`` already the finished conversion of the same things?"""
+    return _read(target / RECORD) == dict(record)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Configuration, tokenizer and processor files of a checkpoint folder.
+
+    Raises:
+        ConversionError: one of them is absurdly large.
+    """
+    found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    for path in found:
+        if path.stat().st_size > _MOST_COMPANION_BYTES:
+            raise ConversionError(f"{path} has {path.stat().st_size} bytes, which is no {path.name}")
+    return found
+
+
+def digests(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of small files by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of large files by name: enough to see that one was exchanged."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Atomic: beside the target, then renamed."""
+    write_bytes(path, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def safetensors_header(entries: Sequence[tuple[str, str, Shape, int]]) -> bytes:
+    """The header of a safetensors file with (name, type, shape, bytes) in this order, its length in front."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as they lie in memory."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def numel(shape: Shape) -> int:
+    return prod(shape)
+
+
+def _lock(file: IO[str], partial: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConversionError(f"{partial} is being written by another process: wait for it") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

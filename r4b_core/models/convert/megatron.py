@@ -1,0 +1,186 @@
+"""Megatron-Core's torch_dist format, written and read one parameter at a time, without ranks.
+
+The files are those that :mod:`r4b_core.parallel.sharded_files` writes and reads: any layout loads what is written
+here, and what any layout wrote is read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from r4b_core.models.convert.files import Stream
+from r4b_core.models.convert.rules import Rule
+from r4b_core.models.convert.settings import ConversionError
+from r4b_core.parallel import manifest
+from r4b_core.parallel.sharded_files import COMMON, CONFIG, read_metadata
+
+_OPTIMIZER = "optimizer."
+# What torch.save adds to a small tensor, about.
+OVERHEAD = 2048
+
+
+def write_rules(stream: Stream, rules: Sequence[Rule], read: Callable[[str], Tensor], dtype: torch.dtype) -> list[Any]:
+    """Write the parameters of ``rules``; returns for each its key, offset in the tensor, and place in the file."""
+    places = []
+    for rule in rules:
+        value = rule.join(read).to(dtype)
+        value = value if rule.layer is None else value[None]
+        start, offset = stream.position, [rule.layer or 0] * (rule.layer is not None) + [0] * len(rule.shape)
+        torch.save(_own_memory(value), stream)
+        places.append([rule.key, offset, start, stream.position - start])
+    return places
+
+
+def _own_memory(value: Tensor) -> Tensor:
+    """torch.save writes the whole memory that a tensor is a view of."""
+    value = value.contiguous()
+    return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()
+
+
+def contents(rules: Sequence[Rule], parts: dict[str, list[Any]], dtype: torch.dtype) -> bytes:
+    """The ``.metadata`` of parameters that lie in ``parts`` (by file, as :func:`write_rules` returned them)."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for rule in rules:
+        stacked = rule.layer is not None
+        size = torch.Size(([rule.layers] if stacked else []) + list(rule.shape))
+        chunk = torch.Size(([1] if stacked else []) + list(rule.shape))
+        entry = tensors.setdefault(rule.key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
+        offset = torch.Size(([rule.layer] if stacked else []) + [0] * len(rule.shape))
+        entry.chunks.append(ChunkStorageMetadata(offset, chunk))
+    storage = {
+        MetadataIndex(key, torch.Size(offset)): _StorageInfo(file, start, length)
+        for file, places in parts.items()
+        for key, offset, start, length in places
+    }
+    metadata = Metadata(tensors, None, storage, StorageMeta(), CURRENT_DCP_VERSION)
+    return pickle.dumps(metadata)
+
+
+def small_files(state: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a checkpoint beside its tensors; ``state`` is the caller's."""
+    common = io.BytesIO()
+    torch.save({}, common)
+    config = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
+    learner = {"step_count": 0, "skipped_in_a_row": 0}
+    return {
+        COMMON: common.getvalue(),
+        CONFIG: json.dumps(config).encode(),
+        "state.json": json.dumps({"learner": learner, "state": state}).encode(),
+    }
+
+
+class TorchDist:
+    """The parameters of a checkpoint folder, whatever layout wrote it.
+
+    Raises:
+        ConversionError, CheckpointError: the folder is incomplete or was altered, or is of another model.
+    """
+
+    def __init__(self, folder: Path, rules: Sequence[Rule]) -> None:
+        self.folder = folder
+        self.facts = manifest.read(folder)
+        if damage := manifest.find_damage(folder, self.facts):
+            raise ConversionError(damage)
+        self.metadata = read_metadata(folder)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in self.metadata.state_dict_metadata.items()
+            if not name.startswith(_OPTIMIZER) and isinstance(entry, TensorStorageMetadata)
+        }
+        self.dtype = self._check(rules)
+
+    def _check(self, rules: Sequence[Rule]) -> torch.dtype:
+        wanted = {rule.key: [rule.layers] * (rule.layer is not None) + list(rule.shape) for rule in rules}
+        problems = [f"{name}: missing, expected {shape}" for name, shape in wanted.items() if name not in self.tensors]
+        dtypes = [entry.properties.dtype for entry in self.tensors.values()]
+        dtype = max(sorted(set(dtypes), key=str), key=dtypes.count, default=torch.float32)
+        for name, entry in self.tensors.items():
+            size = list(entry.size)
+            if name not in wanted:
+                problems.append(f"{name}: extra, {size}")
+            elif size != wanted[name]:
+                problems.append(f"{name}: expected {wanted[name]}, found {size}")
+            elif entry.properties.dtype != dtype:
+                problems.append(f"{name}: expected the type {dtype} of most tensors, found {entry.properties.dtype}")
+        if problems:
+            raise ConversionError(
+                f"{self.folder} does not hold the parameters of the model that its recipe describes "
+                f"({len(problems)} problems):\n" + "\n".join(f"  {problem}" for problem in problems)
+            )
+        return dtype
+
+    def read(self, rule: Rule) -> Tensor:
+        """The whole parameter of one layer, put together from the parts that ranks wrote."""
+        entry = self.tensors[rule.key]
+        first = rule.layer if rule.layer is not None else 0
+        whole = torch.empty(([1] * (rule.layer is not None)) + list(rule.shape), dtype=self.dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            start, size = list(chunk.offsets), list(chunk.sizes)
+            inside = [slice(None)] * len(size)
+            if rule.layer is not None:
+                if not start[0] <= first < start[0] + size[0]:
+                    continue
+                inside[0] = slice(first - start[0], first - start[0] + 1)
+                start[0], size[0] = 0, 1
+            place = tuple(slice(x, x + n) for x, n in zip(start, size, strict=True))
+            part = self._part(MetadataIndex(rule.key, chunk.offsets))[tuple(inside)]
+            whole[place] = part
+            filled += part.numel()
+        if filled != whole.numel():
+            raise ConversionError(f"{self.folder}: {rule.name} is not covered by its parts: take another checkpoint")
+        return whole.view(rule.shape)
+
+    def _part(self, index: MetadataIndex) -> Tensor:
+        info = self.metadata.storage_data[index]
+        with (self.folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            return torch.load(_Window(file, info.length), map_location="cpu", weights_only=True)
+
+
+class _Window(io.RawIOBase):
+    """``length`` bytes of a file from where it stands, as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, file.tell(), length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, min(len(view), self._length - self._position))]
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(view)
+        self._position += count
+        return count

@@ -11,7 +11,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from r4b_core.parallel import device, manifest, rng, sharded_files
+from r4b_core.parallel import device, manifest, optimizer_format, rng, sharded_files
 from r4b_core.parallel.collectives import broadcast_json, gather_json
 from r4b_core.parallel.learner import Learner
 from r4b_core.parallel.manifest import CheckpointError, CheckpointWriteError, remove_leftovers
@@ -176,14 +176,14 @@ def load(path: Path | str, learner: Learner) -> dict[str, Any]:
     runtime = learner.runtime
     path, facts = _verify(Path(path))
     saved = {"virtual_stages": 1, **facts["layout"]}
-    if saved["distributed_optimizer"] != runtime.distributed_optimizer:
-        raise CheckpointError(
-            f"{path} was saved with parallel.distributed_optimizer = {saved['distributed_optimizer']}, "
-            f"this run has {runtime.distributed_optimizer}: set it likewise, or start from its weights alone"
-        )
+    is_foreign = saved["distributed_optimizer"] != runtime.distributed_optimizer
     template = _tensors(learner, is_loading=True)
-    _check_names(path, template)
+    apart = optimizer_format.rename(template, learner) if is_foreign else {}
+    _check_names(path, template, lambda name: is_foreign and optimizer_format.is_left_out(name, learner))
     loaded = dist_checkpointing.load(template, str(path), validate_access_integrity=False)
+    if is_foreign:
+        apart = dist_checkpointing.load(apart, str(path), validate_access_integrity=False) if apart else {}
+        loaded["optimizer"] = optimizer_format.convert(loaded["optimizer"], apart, learner)
     _load_model(learner.chunks, loaded)
     with torch.no_grad():
         learner.optimizer.load_state_dict(loaded["optimizer"])
@@ -216,7 +216,7 @@ def load_weights(path: Path | str, model_chunks: Sequence[torch.nn.Module]) -> N
     """
     path, _ = _verify(Path(path))
     template = _model_tensors(model_chunks)
-    _check_names(path, template, weights_only=True)
+    _check_names(path, template, lambda name: name.startswith(_OPTIMIZER))
     loaded = dist_checkpointing.load(template, str(path), validate_access_integrity=False)
     _load_model(model_chunks, loaded)
 
@@ -225,7 +225,7 @@ def _tensors(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
     model = _model_tensors(learner.chunks)
     # Gathered on the first data-parallel rank over gloo, so that the others hold no whole optimizer.
     how = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": optimizer_format.SHARDING_TYPE,
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
     }
@@ -278,15 +278,13 @@ def _verify(path: Path) -> tuple[Path, dict[str, Any]]:
     return path, facts
 
 
-def _check_names(path: Path, template: dict[str, Any], *, weights_only: bool = False) -> None:
-    """Compare the names and global shapes of all ranks' tensors with the checkpoint's."""
+def _check_names(path: Path, template: dict[str, Any], is_left_out: Callable[[str], bool]) -> None:
+    """Compare the names and global shapes of all ranks' tensors with the checkpoint's, but for what is left out."""
     wanted: dict[str, list[int]] = {}
     for part in gather_json(sharded_files.shapes(template), device.device()):
         wanted.update(part)
     contents = sharded_files.read_metadata(path).state_dict_metadata
-    found = {
-        name: list(entry.size) for name, entry in contents.items() if not (weights_only and name.startswith(_OPTIMIZER))
-    }
+    found = {name: list(entry.size) for name, entry in contents.items() if not is_left_out(name)}
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     misshapen = [
         f"{name} {found[name]} instead of {wanted[name]}"

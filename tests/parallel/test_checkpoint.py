@@ -17,8 +17,9 @@ import torch
 
 from r4b_core.parallel import checkpoint, manifest, sharded_files
 from r4b_core.parallel.checkpoint import CheckpointError, CheckpointWriteError
-from r4b_core.parallel.runtime import Runtime
-from tests.parallel.harness import Layout, Optim
+from r4b_core.parallel.learner import Learner
+from r4b_core.parallel.runtime import Runtime, start
+from tests.parallel.harness import Layout, Optim, fill_by_name
 from tests.parallel.launch import environment, run_python
 from tests.parallel.toy import build_toy, toy_batches, toy_loss
 
@@ -300,11 +301,29 @@ def test_another_recipe_overrides_the_stored_rates(saved: tuple[Path, Any], make
     assert {group["weight_decay"] for group in learner.optimizer.param_groups} == {0.3, 0.0}
 
 
-def test_the_kind_of_optimizer_must_match(saved: tuple[Path, Any]) -> None:
-    path, learner = saved
-    object.__setattr__(learner.runtime, "distributed_optimizer", False)
-    with pytest.raises(CheckpointError, match=r"parallel\.distributed_optimizer = True"):
-        checkpoint.load(path, learner)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_either_kind_of_optimizer_reads_the_other(distributed: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights, their float32 masters, moments and steps all count in what comes after."""
+    optim = Optim(lr_scale={"vision": 0.1, "embedding": 0.0}, constant=["vision"])
+    losses = {}
+    for kind in (distributed, not distributed):
+        layout = Layout(distributed_optimizer=kind)
+        runtime = start(layout, seed=1)
+        try:
+            model = build_toy(layout, params_dtype=dtype, bf16=dtype == torch.bfloat16)
+            fill_by_name(model)
+            learner = Learner([model], runtime, optim, total_steps=10)
+            if kind == distributed:
+                for _ in range(3):
+                    learner.step(toy_batches(2), toy_loss)
+                path = checkpoint.save(tmp_path, 3, learner, {})
+            else:
+                checkpoint.load(path, learner)
+            losses[kind] = [learner.step(toy_batches(2), toy_loss).loss for _ in range(3)]
+        finally:
+            runtime.stop()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
 
 
 @pytest.fixture

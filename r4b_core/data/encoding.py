@@ -16,7 +16,7 @@ from r4b_core.data.processing import PromptError, check_question, image_to_patch
 from r4b_core.data.quarantine import Quarantine
 from r4b_core.data.schema import Sample
 from r4b_core.data.tokenizer import Tokenizer
-from r4b_core.modes import NEWLINE, THINK_OPEN, TURN_END, TURN_START
+from r4b_core.modes import FORCED_TEXT, NEWLINE, THINK_OPEN, TURN_END, TURN_START, Mode
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,35 @@ def encode_prompt(tokenizer: Tokenizer, sample: Sample, patch_size: int = 16) ->
 def encode_response(tokenizer: Tokenizer, sample: Sample) -> list[int]:
     """Tokens of the sample's response, from the decision to the turn end.
 
+    The tokens that force its mode are put down as they are and what follows is encoded by itself: a reasoning text that
+    begins with a newline would otherwise merge with the decision and turn it into the other one.
+
     Raises:
-        ValueError: if the sample has no response.
+        ValueError: if the sample has no response, or one that does not begin as its mode does.
     """
     if not sample.response:
         raise ValueError(f"sample {sample.id!r} has no response: annotate it before training on it")
-    return tokenizer.encode(sample.response)
+    mode = decision_of(sample)
+    modes = tokenizer.mode_tokens
+    tokens = [*modes.forced(mode), *tokenizer.encode(sample.response.removeprefix("".join(FORCED_TEXT[mode])))]
+    return tokens if tokens[-1] == modes.turn_end else [*tokens, modes.turn_end]
+
+
+def decision_of(sample: Sample) -> Mode:
+    """The mode that the sample's response begins as; its ``mode`` says which where both are possible.
+
+    Raises:
+        ValueError: if it begins as neither, or not as its ``mode``.
+    """
+    response = sample.response or ""
+    for mode in (sample.mode,) if sample.mode in (Mode.DIRECT, Mode.THINKING) else (Mode.DIRECT, Mode.THINKING):
+        if response.startswith("".join(FORCED_TEXT[mode])):
+            return mode
+    expected = f"its mode {sample.mode}" if sample.mode else "either mode"
+    raise ValueError(
+        f"the response of sample {sample.id!r} begins with {response[:12]!r}, not as {expected} does: "
+        f"{FORCED_TEXT[Mode.THINKING]} or {FORCED_TEXT[Mode.DIRECT]}"
+    )
 
 
 def encode_samples(

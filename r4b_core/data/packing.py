@@ -94,7 +94,7 @@ def pack_groups_for_rl(
         ValueError: if a prompt with one response exceeds the capacity, a response is empty, columns differ, or
             capacity, multiple and pad_to disagree.
     """
-    capacity = _usable_capacity(capacity, multiple, pad_to)
+    capacity = usable_capacity(capacity, multiple, pad_to)
     for index, group in enumerate(groups):
         if any(len(response.tokens) == 0 for response in group):
             raise ValueError(f"group {index} holds a response without tokens: leave it out or give it its turn end")
@@ -117,6 +117,23 @@ def pack_groups_for_rl(
     return batches
 
 
+def pack_sequence(
+    items: Sequence[tuple[EncodedPrompt, Response]],
+    patch_values: int,
+    *,
+    multiple: int = 1,
+    pad_to: int | None = None,
+    pad_token: int = 0,
+) -> PackedBatch:
+    """One batch of all items in their order, as `pack_sft` lays them out; without items it is padding alone.
+
+    The caller sees to the capacity. ``patch_values`` is C, values per patch.
+    """
+    names = tuple(items[0][1].columns) if items else ()
+    chosen = [(prompt, [response]) for prompt, response in items]
+    return _assemble(chosen, False, names, patch_values, multiple, pad_to, pad_token)
+
+
 def pack_alignment(
     tokenizer: Tokenizer,
     boards: Sequence[AlignmentBoard],
@@ -133,7 +150,7 @@ def pack_alignment(
     Raises:
         ValueError: if an image exceeds the capacity, or capacity, multiple and pad_to disagree.
     """
-    capacity = _usable_capacity(capacity, multiple, pad_to)
+    capacity = usable_capacity(capacity, multiple, pad_to)
     places = [position_word(index) for index in range(MAX_TILES)]
     words = {word: tokenizer.encode(word)[0] for word in (*DIGITS, *COLOURS, *places)}
     place_tokens = torch.tensor([words[place] for place in places])
@@ -202,7 +219,7 @@ def describe(batch: PackedBatch, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def _usable_capacity(capacity: int, multiple: int, pad_to: int | None) -> int:
+def usable_capacity(capacity: int, multiple: int, pad_to: int | None) -> int:
     """The capacity that leaves room for padding to a multiple."""
     if multiple < 1 or capacity < multiple:
         raise ValueError(f"capacity = {capacity} and multiple = {multiple}: need 1 <= multiple <= capacity")

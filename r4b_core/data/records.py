@@ -6,8 +6,10 @@ what every stage found out about it; training reads the same files.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,10 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from r4b_core.data.images import open_image
+from r4b_core.data.chat import escape
+from r4b_core.data.images import IMAGE_FORMATS, ImageError, open_image
+from r4b_core.data.processing import PromptError
 from r4b_core.data.schema import Sample
-from r4b_core.modes import Mode
+from r4b_core.modes import BLANK_LINE, FORCED_TEXT, NEWLINE, THINK_CLOSE, THINK_OPEN, TURN_END, Mode
+
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 
 
 @dataclass(slots=True)
@@ -73,6 +80,23 @@ class Record:
     def pass_rate(self) -> float | None:
         """right / tries, or None where no try could be judged."""
         return self.right / self.tries if self.tries and self.right is not None else None
+
+
+TEACHER_IDS, TEACHER_LOGPROBS = "teacher_ids", "teacher_logprobs"
+"""Optional columns beside SCHEMA, list<list<int>> and list<list<float>>: see `Teacher`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """What a teacher held for likely at each token of a response as training encodes it, turn end included.
+
+    Attributes:
+        ids: per token, the ids of its most probable tokens, at most K of them.
+        logprobs: their log-probabilities, at the temperature of ``distill.temperature``.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
 
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -162,20 +186,96 @@ def read_records(path: str | Path, batch: int = 256) -> Iterator[Record]:
             yield from from_table(rows)
 
 
-def to_sample(record: Record) -> Sample:
+class ResponseError(ValueError):
+    """A response that cannot be trained on, with the reason."""
+
+
+def to_sample(record: Record, *, images: bool = True, response: bool = True) -> Sample:
     """The record as training takes it: images decoded, the response as it follows ``<think>``.
 
+    Args:
+        images: False decodes none and leaves ``Sample.images`` empty.
+        response: False leaves the response out, which a prompt for reinforcement learning does not need.
+
     Raises:
+        PromptError: if there is no question.
         ImageError: if an image cannot be opened safely.
+        ResponseError: if the response is of no known shape.
     """
-    return Sample(
+    if not record.question:
+        raise PromptError("there is no question")
+    rate = record.pass_rate
+    sample = Sample(
         id=record.key,
         source=record.source,
-        images=[open_image(image) for image in record.images],
+        images=[open_image(image) for image in record.images] if images else [],
         question=record.question,
         answer=record.answer or "",
-        response=record.response,
-        mode=Mode(record.mode) if record.mode else None,
-        pass_rate=record.pass_rate,
+        pass_rate=rate,
+        difficulty="" if rate is None else _difficulty(rate),
         provenance=record.provenance,
     )
+    if response and record.response is not None:
+        if record.finish_reason == "length":
+            raise ResponseError("the response was cut off by the token limit (finish_reason is length)")
+        sample.response, sample.mode = training_response(record.response, record.mode)
+    return sample
+
+
+def training_response(response: str, mode: str | None = None) -> tuple[str, Mode]:
+    """What is to follow ``<think>`` in training, turn end included, and its mode.
+
+    Known shapes (R-4B section 2.2): reasoning, ``</think>`` and an answer; an empty block and an answer; an answer
+    alone. ``<think>`` in front may be missing, as it is where the prompt ended with it. Whatever white space stands
+    around the parts, they are written as the mode's prefix demands (section 4.1), with a blank line before the answer.
+
+    Args:
+        mode: "thinking", "direct", or None: as the response has it. A direct one keeps its answer alone.
+
+    Raises:
+        ResponseError: another shape, or a thinking response without reasoning.
+    """
+    if mode not in (None, Mode.THINKING, Mode.DIRECT):
+        raise ResponseError(f"mode is {mode!r}: thinking and direct can be trained")
+    text = response.strip().removesuffix(TURN_END)
+    opened, body = text.startswith(THINK_OPEN), text.removeprefix(THINK_OPEN)
+    reasoning, closed, answer = body.partition(THINK_CLOSE)
+    if opened and not closed:
+        raise ResponseError(f"{THINK_OPEN} is never closed")
+    if not closed:
+        reasoning, answer = "", body
+    if THINK_OPEN in reasoning or THINK_OPEN in answer or THINK_CLOSE in answer:
+        raise ResponseError(f"{THINK_OPEN} and {THINK_CLOSE} stand in it more than once")
+    reasoning, answer = (escape(part.strip(), "assistant")[0] for part in (reasoning, answer))
+    if not answer:
+        raise ResponseError(f"there is no answer{f' after {THINK_CLOSE}' if closed else ''}")
+    if mode == Mode.DIRECT or (mode is None and not reasoning):
+        return f"{''.join(FORCED_TEXT[Mode.DIRECT])}{BLANK_LINE}{answer}{TURN_END}", Mode.DIRECT
+    if not reasoning:
+        raise ResponseError("mode is thinking and there is no reasoning in it")
+    opening = "".join(FORCED_TEXT[Mode.THINKING])
+    return f"{opening}{reasoning}{NEWLINE}{THINK_CLOSE}{BLANK_LINE}{answer}{TURN_END}", Mode.THINKING
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) that `open_image` will give the encoded image, from its header: no pixel is decoded.
+
+    Raises:
+        ImageError: if the header is not that of a PNG, JPEG or WEBP image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `open_image` refuses what is too large
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        exif = Image.Exif()
+        exif.load(image.info.get("exif") or b"")
+        turned = exif.get(_ORIENTATION) in _LYING
+    except Exception as error:  # Pillow raises a dozen kinds on damaged headers
+        raise ImageError(f"not a {', '.join(IMAGE_FORMATS)} image with a sound header ({error})") from error
+    width, height = image.size
+    return (width, height) if turned else (height, width)
+
+
+def _difficulty(rate: float) -> str:
+    """For reports: thirds of the pass rate."""
+    return "hard" if rate < 1 / 3 else "mid" if rate < 2 / 3 else "easy"

@@ -22,6 +22,11 @@ def resolve(model: ModelConfig) -> R4BConfig | Qwen3VLConfig:
     return import_module(f"r4b_core.models.{model.family}.config").resolve(model)
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, seed: int) -> DecoderModel:
-    """This rank's pipeline stage with initial weights that do not depend on the layout."""
-    return import_module(f"r4b_core.models.{model.family}.model").build_model(model, parallel, seed)
+def build_model(model: ModelConfig, parallel: ParallelConfig, seed: int, chunk: int = 0) -> DecoderModel:
+    """This rank's pipeline stage (chunk of it) with initial weights that do not depend on the layout."""
+    return import_module(f"r4b_core.models.{model.family}.model").build_model(model, parallel, seed, chunk)
+
+
+def build_chunks(model: ModelConfig, parallel: ParallelConfig, seed: int) -> list[DecoderModel]:
+    """All that this rank holds of the model: one chunk for each virtual stage."""
+    return [build_model(model, parallel, seed, chunk) for chunk in range(parallel.virtual_stages)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from importlib import metadata as package_metadata
@@ -178,13 +179,13 @@ def load(path: Path | str, learner: Learner) -> dict[str, Any]:
     saved = {"virtual_stages": 1, **facts["layout"]}
     is_foreign = saved["distributed_optimizer"] != runtime.distributed_optimizer
     template = _tensors(learner, is_loading=True)
-    apart = optimizer_format.rename(template, learner) if is_foreign else {}
+    if is_foreign:
+        optimizer_format.rename(template, learner)
     _check_names(path, template, lambda name: is_foreign and optimizer_format.is_left_out(name, learner))
     loaded = dist_checkpointing.load(template, str(path), validate_access_integrity=False)
-    if is_foreign:
-        apart = dist_checkpointing.load(apart, str(path), validate_access_integrity=False) if apart else {}
-        loaded["optimizer"] = optimizer_format.convert(loaded["optimizer"], apart, learner)
     _load_model(learner.chunks, loaded)
+    if is_foreign:
+        loaded["optimizer"] = optimizer_format.convert(loaded["optimizer"], learner)
     with torch.no_grad():
         learner.optimizer.load_state_dict(loaded["optimizer"])
     stored = json.loads((path / _STATE).read_text())
@@ -229,13 +230,27 @@ def _tensors(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
     }
-    optimizer = learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=how)
+    named = _model_tensors(learner.chunks, by_layer=True) if _trains_single_layers(learner) else model
+    optimizer = learner.optimizer.sharded_state_dict(named, is_loading=is_loading, metadata=how)
     return {**model, "optimizer": sharded_files.drop_empty_objects(optimizer)}
 
 
-def _model_tensors(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    how = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    how["singleton_local_shards"] = False
+def _trains_single_layers(learner: Learner) -> bool:
+    """Whether some layers are frozen and others not: stacked in one tensor, their moments would have gaps."""
+    kinds: dict[str, set[bool]] = {}
+    mine = [
+        [re.sub(r"\.\d+\.", ".", name), parameter.requires_grad]
+        for model in learner.models
+        for name, parameter in model.named_parameters()
+    ]
+    for kind, trains in (entry for part in gather_json(mine, learner.runtime.device) for entry in part):
+        kinds.setdefault(kind, set()).add(trains)
+    return any(len(trains) == 2 for trains in kinds.values())
+
+
+def _model_tensors(chunks: Sequence[torch.nn.Module], *, by_layer: bool = False) -> dict[str, Any]:
+    how: dict[str, Any] = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    how |= {"singleton_local_shards": False, "non_homogeneous_layers": by_layer}
     return {
         f"model{index}": sharded_files.drop_empty_objects(_unwrap(chunk).sharded_state_dict(metadata=how))
         for index, chunk in enumerate(chunks)

@@ -25,22 +25,16 @@ SHARDING_TYPE = "fully_reshardable"
 _SHARDED, _WHOLE = "optimizer.state.param.", "optimizer.state.fp32_param."
 
 
-def rename(template: dict[str, Any], learner: Learner) -> dict[str, Any]:
-    """Let a template of ``learner``'s optimizer, in place, ask for the names of the other kind's checkpoint.
-
-    Returns what must be asked for apart, since the model asks for it too; :func:`convert` puts it back.
-    """
-    if learner.runtime.distributed_optimizer:
-        ours, theirs = _SHARDED, "" if _is_float32(learner) else _WHOLE
-    else:
-        ours, theirs = _WHOLE, _SHARDED
+def rename(template: dict[str, Any], learner: Learner) -> None:
+    """Let a template of ``learner``'s optimizer, in place, ask for the names of the other kind's checkpoint."""
+    if learner.runtime.distributed_optimizer and _is_float32(learner):
+        for state in template["optimizer"].get("param_state", {}).values():
+            del state["param"]
+        return
+    ours, theirs = (_SHARDED, _WHOLE) if learner.runtime.distributed_optimizer else (_WHOLE, _SHARDED)
     for part in _parts(template["optimizer"]):
         if part.key.startswith(ours):
             part.key = theirs + part.key.removeprefix(ours)
-    if theirs:
-        return {}
-    states = template["optimizer"].get("param_state", {})
-    return {"weights": {number: state.pop("param") for number, state in states.items()}}
 
 
 def is_left_out(name: str, learner: Learner) -> bool:
@@ -48,14 +42,16 @@ def is_left_out(name: str, learner: Learner) -> bool:
     return _is_float32(learner) and not learner.runtime.distributed_optimizer and name.startswith(_SHARDED)
 
 
-def convert(loaded: dict[str, Any], apart: dict[str, Any], learner: Learner) -> dict[str, Any]:
-    """What was loaded by such templates, as ``learner``'s optimizer takes it."""
+def convert(loaded: dict[str, Any], learner: Learner) -> dict[str, Any]:
+    """What was loaded by such a template, as ``learner``'s optimizer takes it; the model must be loaded before."""
     if learner.runtime.distributed_optimizer:
         kind = {"param_state_sharding_type": SHARDING_TYPE}
         if not _is_float32(learner):
             return {**loaded, **kind}
-        for number, weight in apart["weights"].items():
-            loaded["param_state"][number]["param"] = weight
+        (optimizer,) = learner.optimizer.chained_optimizers
+        weights = (weight for buffer in optimizer.buffers for weight in buffer.param_index_map)
+        for state, weight in zip(loaded["param_state"].values(), weights, strict=True):
+            state["param"] = weight.detach().clone()
         return {"optimizer": {"param_groups": loaded["param_groups"]}, "param_state": loaded["param_state"], **kind}
     if not _is_float32(learner):
         return loaded

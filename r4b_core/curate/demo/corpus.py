@@ -89,7 +89,7 @@ COUNTS: dict[Fate, tuple[int, int, int]] = {
     Fate.SOLVED_1: (50, 40, 40),
     Fate.SOLVED_2: (40, 40, 30),
     Fate.SOLVED_3: (60, 50, 40),
-    Fate.SOLVED_4: (378, 311, 240),
+    Fate.SOLVED_4: (398, 326, 255),
 }
 SOURCES = ("digits", "photographs", "textures")
 _PROSE = (Fate.JUDGED_RIGHT, Fate.JUDGED_WRONG, Fate.UNCLEAR)

@@ -45,8 +45,9 @@ def to_megatron(
     """
     given = {"--from": source, "--vision": vision, "--language": language}
     needed = ("--vision", "--language") if init is Init.from_parts else ("--from",)
-    if wrong := [name for name, value in given.items() if (value is not None) != (name in needed)]:
-        raise typer.BadParameter(f"--init {init} takes {' and '.join(needed)}: see {', '.join(wrong)}")
+    present = [name for name, value in given.items() if value is not None]
+    if sorted(present) != sorted(needed):
+        raise typer.BadParameter(f"--init {init} takes {' and '.join(needed)}, not {' and '.join(present) or 'none'}")
 
     from r4b_core.cli.output import say
 
@@ -66,7 +67,7 @@ def to_megatron(
     say(f"{to}: {model.family}, size {model.size}, {model.dtype}")
     settings = {"family": model.family, "size": model.size, **({"shape": model.shape} if model.shape else {})}
     settings |= {"dtype": model.dtype, **({"processor": model.processor} if model.processor else {})}
-    say(_as_yaml({"model": {**settings, "init_from": str(to)}}))
+    say(_as_yaml({"model": {**settings, "init_from": str(to.resolve())}}))
 
 
 @app.command("to-hf")

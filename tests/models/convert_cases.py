@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -98,6 +100,12 @@ def their_model(family: str, tie: bool, seed: int = 0) -> nn.Module:
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") else noise)
     return model
+
+
+@pytest.fixture(autouse=True)
+def no_disk_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is read by this machine before it loses its power."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 COMPANIONS = {

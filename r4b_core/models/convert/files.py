@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,10 +51,16 @@ class Stream:
 
     def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None]) -> None:
         self._file, self._on_bytes, self._digest, self.position = file, on_bytes, hashlib.sha256(), 0
+        self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         count = memoryview(data).nbytes
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except BaseException as error:
+            # torch.save hides it behind a RuntimeError.
+            self.error = error
+            raise
         self._digest.update(data)
         self.position += count
         self._on_bytes(count)
@@ -74,7 +79,7 @@ class Workplace:
 
     def __init__(self, target: Path, record: Mapping[str, Any], on_progress: OnProgress | None) -> None:
         self.target, self.record = target, dict(record)
-        self.partial = target.with_name(f"{target.name}.partial")
+        self.partial = _partial(target)
         self.content, self.parts = self.partial / "content", self.partial / "parts"
         self.done = self.total = 0
         self._on_progress = on_progress
@@ -101,7 +106,10 @@ class Workplace:
             aside = self.partial / "unfinished"
             with aside.open("wb") as file:
                 stream = Stream(file, self._advance)
-                extra = write(stream)
+                try:
+                    extra = write(stream)
+                except RuntimeError as error:
+                    raise stream.error or error from None
                 file.flush()
                 os.fsync(file.fileno())
             (self.content / name).parent.mkdir(parents=True, exist_ok=True)
@@ -171,9 +179,6 @@ def workplace(target: Path, record: Mapping[str, Any], on_progress: OnProgress |
             f"{target.parent} is full ({error.strerror}). What is finished stays in {partial}: free space and give the "
             "same command again, which goes on from there, or remove it"
         ) from error
-    except RuntimeError as error:
-        # torch's serialization turns a failed write into a RuntimeError.
-        raise ConversionError(f"{partial} could not be written ({error}); what is finished stays there") from error
 
 
 def check_target(target: Path) -> None:
@@ -181,15 +186,24 @@ def check_target(target: Path) -> None:
     Raises:
         ConversionError: ``target`` exists and is not an empty folder.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if not target.name or (target.exists() and not target.is_dir()):
         raise ConversionError(f"--to {target} exists and is not a folder: give another")
     if target.is_dir() and any(target.iterdir()):
-        raise ConversionError(f"--to {target} exists and is not empty: give another, or remove it first")
+        what = "holds another conversion" if (target / RECORD).is_file() else "is not empty"
+        raise ConversionError(f"--to {target} exists and {what}: give another, or remove it first")
 
 
 def is_done(target: Path, record: Mapping[str, Any]) -> bool:
     """Is ``target`` already the finished conversion of the same things?"""
-    return _read(target / RECORD) == dict(record)
+    if _read(target / RECORD) != dict(record):
+        return False
+    # Killed between giving the folder its name and removing the rest.
+    shutil.rmtree(_partial(target), ignore_errors=True)
+    return True
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
 
 
 def companions(folder: Path) -> list[Path]:
@@ -247,11 +261,7 @@ def safetensors_header(entries: Sequence[tuple[str, str, Shape, int]]) -> bytes:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's values as they lie in memory."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def numel(shape: Shape) -> int:
-    return prod(shape)
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _lock(file: IO[str], partial: Path) -> None:

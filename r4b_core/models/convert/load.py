@@ -11,12 +11,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from r4b_core.models.convert.huggingface import differences, open_checkpoint
 from r4b_core.models.convert.settings import ConversionError
+from r4b_core.models.decoder import DecoderModel
 from r4b_core.models.families import resolve
 from r4b_core.parallel.sharded_files import drop_empty_objects
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, folder: Path | str) -> None:
+def load_weights(model: DecoderModel, folder: Path | str) -> None:
     """Fill this rank's part of a model from the folder, one parameter at a time; rounded to the model's own type.
 
     Call it before a :class:`Learner` is built. Not a collective: every rank reads the folder by itself.

@@ -12,7 +12,7 @@ import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
@@ -43,10 +43,9 @@ def write_rules(stream: Stream, rules: Sequence[Rule], read: Callable[[str], Ten
     places = []
     for rule in rules:
         value = rule.join(read).to(dtype)
-        value = value if rule.layer is None else value[None]
-        start, offset = stream.position, [rule.layer or 0] * (rule.layer is not None) + [0] * len(rule.shape)
-        torch.save(_own_memory(value), stream)
-        places.append([rule.key, offset, start, stream.position - start])
+        value, start = value.view([1] * len(rule.stack) + [*value.shape]), stream.position
+        torch.save(_own_memory(value), cast(IO[bytes], stream))
+        places.append([rule.key, rule.offset, start, stream.position - start])
     return places
 
 
@@ -60,18 +59,15 @@ def contents(rules: Sequence[Rule], parts: dict[str, list[Any]], dtype: torch.dt
     """The ``.metadata`` of parameters that lie in ``parts`` (by file, as :func:`write_rules` returned them)."""
     tensors: dict[str, TensorStorageMetadata] = {}
     for rule in rules:
-        stacked = rule.layer is not None
-        size = torch.Size(([rule.layers] if stacked else []) + list(rule.shape))
-        chunk = torch.Size(([1] if stacked else []) + list(rule.shape))
+        size, chunk = torch.Size([*rule.stack, *rule.shape]), torch.Size([1] * len(rule.stack) + [*rule.shape])
         entry = tensors.setdefault(rule.key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
-        offset = torch.Size(([rule.layer] if stacked else []) + [0] * len(rule.shape))
-        entry.chunks.append(ChunkStorageMetadata(offset, chunk))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(rule.offset), chunk))
     storage = {
         MetadataIndex(key, torch.Size(offset)): _StorageInfo(file, start, length)
         for file, places in parts.items()
         for key, offset, start, length in places
     }
-    metadata = Metadata(tensors, None, storage, StorageMeta(), CURRENT_DCP_VERSION)
+    metadata = Metadata(dict(tensors), None, storage, StorageMeta(), CURRENT_DCP_VERSION)
     return pickle.dumps(metadata)
 
 
@@ -109,7 +105,7 @@ class TorchDist:
         self.dtype = self._check(rules)
 
     def _check(self, rules: Sequence[Rule]) -> torch.dtype:
-        wanted = {rule.key: [rule.layers] * (rule.layer is not None) + list(rule.shape) for rule in rules}
+        wanted = {rule.key: [*rule.stack, *rule.shape] for rule in rules}
         problems = [f"{name}: missing, expected {shape}" for name, shape in wanted.items() if name not in self.tensors]
         dtypes = [entry.properties.dtype for entry in self.tensors.values()]
         dtype = max(sorted(set(dtypes), key=str), key=dtypes.count, default=torch.float32)
@@ -130,21 +126,18 @@ class TorchDist:
 
     def read(self, rule: Rule) -> Tensor:
         """The whole parameter of one layer, put together from the parts that ranks wrote."""
-        entry = self.tensors[rule.key]
-        first = rule.layer if rule.layer is not None else 0
-        whole = torch.empty(([1] * (rule.layer is not None)) + list(rule.shape), dtype=self.dtype)
+        whole = torch.empty([1] * len(rule.stack) + [*rule.shape], dtype=self.dtype)
         filled = 0
-        for chunk in entry.chunks:
+        for chunk in self.tensors[rule.key].chunks:
             start, size = list(chunk.offsets), list(chunk.sizes)
-            inside = [slice(None)] * len(size)
+            inside = slice(None)
             if rule.layer is not None:
-                if not start[0] <= first < start[0] + size[0]:
+                if not start[0] <= rule.layer < start[0] + size[0]:
                     continue
-                inside[0] = slice(first - start[0], first - start[0] + 1)
+                inside = slice(rule.layer - start[0], rule.layer - start[0] + 1)
                 start[0], size[0] = 0, 1
-            place = tuple(slice(x, x + n) for x, n in zip(start, size, strict=True))
-            part = self._part(MetadataIndex(rule.key, chunk.offsets))[tuple(inside)]
-            whole[place] = part
+            part = self._part(MetadataIndex(rule.key, chunk.offsets))[inside]
+            whole[tuple(slice(x, x + n) for x, n in zip(start, size, strict=True))] = part
             filled += part.numel()
         if filled != whole.numel():
             raise ConversionError(f"{self.folder}: {rule.name} is not covered by its parts: take another checkpoint")
@@ -154,7 +147,7 @@ class TorchDist:
         info = self.metadata.storage_data[index]
         with (self.folder / info.relative_path).open("rb") as file:
             file.seek(info.offset)
-            return torch.load(_Window(file, info.length), map_location="cpu", weights_only=True)
+            return torch.load(cast(IO[bytes], _Window(file, info.length)), map_location="cpu", weights_only=True)
 
 
 class _Window(io.RawIOBase):

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def from_parts(
     vision_values, text_values = _vision_settings(vision), _language_settings(language)
     config = joined_config(vision_values, text_values, image_token)
     model = model_of(config, Path("vision and language"))
-    shape = resolve(model)
+    shape = cast(R4BConfig, resolve(model))
     if image_token >= shape.vocab_size:
         raise ConversionError(
             f"{language}: the tokenizer has no room for {IMAGE}: it would be token {image_token}, and vocab_size is "
@@ -93,7 +93,7 @@ def from_parts(
     shards = sorted({entry.file for source in (eyes, words) for entry in source.entries.values()})
     stamp = [seed, [[str(path.parent.name), files.stamps([path])] for path in shards], files.fingerprint(config)]
     making = Making(model, rules(shape), read, unused, companions, stamp)
-    return write_megatron(making, Path(target), part_bytes, on_progress)
+    return write_megatron(making, Path(target).resolve(), part_bytes, on_progress)
 
 
 def new_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:

@@ -51,6 +51,16 @@ class Rule:
         return tuple(self.transform.join([torch.empty(shape, device="meta") for shape in self.theirs.values()]).shape)
 
     @property
+    def stack(self) -> Shape:
+        """How many layers share the tensor ``key``, as its first dimension; empty outside of blocks."""
+        return () if self.layer is None else (self.layers,)
+
+    @property
+    def offset(self) -> list[int]:
+        """Where in the tensor ``key`` the parameter begins."""
+        return [0 if self.layer is None else self.layer] * len(self.stack) + [0] * len(self.shape)
+
+    @property
     def numel(self) -> int:
         return sum(prod(shape) for shape in self.theirs.values())
 

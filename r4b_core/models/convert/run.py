@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,7 +81,7 @@ def to_megatron(
     shards = {entry.file for entry in [*source.entries.values(), *source.unused.values()]}
     stamp = [files.stamps(sorted(shards)), files.digests(source.folder / name for name in companions)]
     making = Making(model, source.rules, source.read, source.unused, companions, stamp)
-    return write_megatron(making, Path(target), part_bytes, on_progress)
+    return write_megatron(making, Path(target).resolve(), part_bytes, on_progress)
 
 
 def write_megatron(making: Making, target: Path, part_bytes: int, on_progress: OnProgress | None) -> ModelConfig:
@@ -105,17 +106,17 @@ def write_megatron(making: Making, target: Path, part_bytes: int, on_progress: O
         sizes[UNUSED] = sum(_bytes(kind, shape) for _, kind, shape, _ in unused)
         place.expect(sizes)
         facts = {
-            name: place.part(name, lambda stream, rules=rules: megatron.write_rules(stream, rules, making.read, dtype))
+            name: place.part(name, partial(megatron.write_rules, rules=rules, read=making.read, dtype=dtype))
             for name, rules in groups.items()
         }
         if unused:
-            place.part(UNUSED, lambda stream: _write_safetensors(stream, [_Group(unused, _read_entries)]))
+            place.part(UNUSED, partial(_write_safetensors, groups=[_Group(unused, _read_entries)]))
         metadata = megatron.contents(
             making.rules, {Path(name).name: fact["extra"] for name, fact in facts.items()}, dtype
         )
         for name, data in {**small, METADATA: metadata}.items():
             path = f"{CHECKPOINT}/{name}"
-            facts[path] = place.part(path, lambda stream, data=data: stream.write(data))
+            facts[path] = place.part(path, partial(_write_bytes, data=data))
         described = {Path(name).name: {key: fact[key] for key in ("size", "sha256")} for name, fact in facts.items()}
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
         for name, data in {**making.companions, RECIPE: text.encode()}.items():
@@ -127,7 +128,7 @@ def write_megatron(making: Making, target: Path, part_bytes: int, on_progress: O
 
 def _recipe(making: Making, target: Path) -> Recipe:
     """What `r4b eval` and ``model.init_from`` read of a converted folder: a run whose stages have no steps."""
-    processor = str(target.resolve()) if "tokenizer.json" in making.companions else None
+    processor = str(target) if "tokenizer.json" in making.companions else None
     model = making.model.model_copy(update={"processor": processor, "init_from": None})
     if processor is None and model.family != "r4b":
         raise ConversionError(
@@ -160,7 +161,7 @@ def to_huggingface(
     Raises:
         ConversionError, CheckpointError: listing all that is wrong; or ``target`` cannot be written.
     """
-    checkpoint, like, target = Path(checkpoint), Path(like), Path(target)
+    checkpoint, like, target = Path(checkpoint), Path(like), Path(target).resolve()
     module, shape = convert_module(model.family), resolve(model)
     config = read_json(like / CONFIG)
     if differing := differences(resolve(model_of(config, like / CONFIG)), shape):
@@ -174,7 +175,7 @@ def to_huggingface(
     groups = [
         _Group(
             [(name, dtype, dims, None) for name, dims in rule.theirs.items()],
-            lambda _, rule=rule: iter(rule.split(source.read(rule)).values()),
+            partial(_split, rule=rule, source=source),
         )
         for rule in rules
     ]
@@ -190,7 +191,7 @@ def to_huggingface(
     with files.workplace(target, record, on_progress) as place:
         place.expect({name: sum(group.size for group in shard) for name, shard in zip(names, shards, strict=True)})
         for name, shard in zip(names, shards, strict=True):
-            place.part(name, lambda stream, shard=shard: _write_safetensors(stream, shard))
+            place.part(name, partial(_write_safetensors, groups=shard))
         for name, data in companions.items():
             files.write_bytes(place.content / name, data)
         weight_map = {
@@ -258,6 +259,19 @@ def _write_safetensors(stream: Stream, groups: Sequence[_Group]) -> None:
             stream.write(tensor_bytes(tensor))
 
 
+def _write_bytes(stream: Stream, data: bytes) -> None:
+    stream.write(data)
+
+
+def _split(_: Any, rule: Rule, source: megatron.TorchDist) -> Iterator[Tensor]:
+    yield from rule.split(source.read(rule)).values()
+
+
+def _given(tensors: Iterable[tuple[str, str, Shape, Any]]) -> Iterator[Tensor]:
+    for *_, (value,) in tensors:
+        yield value
+
+
 def _read_entries(tensors: Iterable[tuple[str, str, Shape, Any]]) -> Iterator[Tensor]:
     for *_, (entry,) in tensors:
         yield entry.read()
@@ -281,7 +295,7 @@ def _unused_groups(like: Path, module: Any, config: Mapping[str, Any], shape: An
             problems.append(f"{name}: missing")
         elif name not in found:
             value = torch.full(dims, fill, dtype=next(key for key, kind in _NAMES.items() if kind == dtype))
-            groups.append(_Group([(name, dtype, dims, None)], lambda _, value=value: iter([value])))
+            groups.append(_Group([(name, dtype, dims, [value])], _given))
     if problems:
         raise ConversionError(
             f"{like / CONFIG} describes tensors that the model does not use and that are not in {like}, so they cannot "

@@ -128,8 +128,10 @@ def beyond(config: Mapping[str, Any], shape: R4BConfig) -> dict[str, tuple[Shape
     total = replace(shape, vision_num_layers=config["vision_config"].get("num_hidden_layers", 12))
     layers = [rule for rule in vision_rules(total, VISION) if (rule.layer or 0) >= shape.vision_num_layers]
     size = (shape.vision_hidden_size,)
-    norm = {VISION + "post_layernorm.weight": (size, 1.0), VISION + "post_layernorm.bias": (size, 0.0)}
-    return {name: (dims, None) for rule in layers for name, dims in rule.theirs.items()} | norm
+    found: dict[str, tuple[Shape, float | None]] = {
+        name: (dims, None) for rule in layers for name, dims in rule.theirs.items()
+    }
+    return found | {VISION + "post_layernorm.weight": (size, 1.0), VISION + "post_layernorm.bias": (size, 0.0)}
 
 
 def read_shape(config: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Is an answer right? Plain numbers and words are compared here, all else by math-verify in killable processes.
+"""Is an answer right? Rules decide nearly all answers (`rules.compare`), math-verify the rest in killable processes.
 
 What the processes protect from: answers that take for ever, that eat memory, that recurse without end, or that crash
 the interpreter. What they do not protect from: they run as the same user with the same network and file system, and
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import selectors
 import subprocess
 import sys
@@ -17,57 +16,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from enum import StrEnum
 from pathlib import Path
 
+from r4b_core.rewards.rules import compare
+from r4b_core.rewards.verdict import Outcome, Verdict
+
+__all__ = ["Outcome", "Verdict", "Verifier"]
+
 _WORKER = Path(__file__).with_name("worker.py")
-_MAX_CHARACTERS = 2000
-_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
-_WORDS = re.compile(r"[A-Za-z]+(?:[ -][A-Za-z]+)*")
-_SEVERAL_NUMBERS = re.compile(r"[+-]?[0-9][0-9.]*(?:(?:[\s,;]|or|and)+[+-]?[0-9][0-9.]*)+")
-_CHOICE = re.compile(r"\(?([A-Z])(?:[).:](?:\s.*)?)?", re.DOTALL)
 _STARTUP_S = 120.0
 
 
-class Outcome(StrEnum):
-    RIGHT = "right"
-    WRONG = "wrong"
-    UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an answer is right. Undecided, with the reason, where nobody can tell: never counted as right."""
-
-    outcome: Outcome
-    reason: str
-
-
-def compare_plain(answer: str, gold: str) -> Verdict | None:
-    """The verdict where both are plain numbers, words or choice letters, or the same text; None for anything else."""
-    answer, gold = _normalise(answer), _normalise(gold)
-    if not gold:
-        return Verdict(Outcome.UNDECIDED, "the reference answer is empty")
-    if answer == gold:
-        return Verdict(Outcome.RIGHT, "same text")
-    if len(answer) > _MAX_CHARACTERS or len(gold) > _MAX_CHARACTERS:
-        return Verdict(Outcome.UNDECIDED, f"longer than {_MAX_CHARACTERS} characters")
-    if _NUMBER.fullmatch(gold):
-        if _SEVERAL_NUMBERS.fullmatch(answer) and not _NUMBER.fullmatch(answer):
-            return Verdict(Outcome.WRONG, "several numbers")
-        if not _NUMBER.fullmatch(answer):
-            return None
-        same = Decimal(answer.replace(",", "")) == Decimal(gold.replace(",", ""))
-        return Verdict(Outcome.RIGHT, "same number") if same else Verdict(Outcome.WRONG, "another number")
-    if len(gold) == 1 and gold.isupper() and (choice := _CHOICE.fullmatch(answer)):
-        same = choice[1] == gold
-        return Verdict(Outcome.RIGHT, "same choice") if same else Verdict(Outcome.WRONG, "another choice")
-    if _WORDS.fullmatch(gold):
-        same = answer.casefold() == gold.casefold()
-        return Verdict(Outcome.RIGHT, "same words") if same else Verdict(Outcome.WRONG, "other words")
-    return None
+Question = str | None
+"""A question helps the rules: its options, and what kind of number it asks for."""
 
 
 class Verifier:
@@ -84,7 +45,7 @@ class Verifier:
         workers: processes that verify at the same time.
         timeout_s: seconds for one answer; then its process is killed and replaced.
         memory_mb: address space of a process.
-        mathematics: without it an answer that the plain comparison does not settle is wrong, and no process runs.
+        mathematics: without it an answer that the rules do not settle is wrong, and no process runs.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -101,20 +62,28 @@ class Verifier:
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
 
-    def verify(self, answer: str, gold: str) -> Verdict:
+    def verify(self, answer: str, gold: str, question: Question = None) -> Verdict:
         """The verdict on one answer."""
-        return self.verify_many([(answer, gold)])[0]
+        return self.verify_many([(answer, gold)], [question])[0]
 
-    def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """The verdict on each (answer, reference), in order; equal pairs are verified once."""
-        verdicts = {pair: compare_plain(*pair) for pair in dict.fromkeys(pairs)}
-        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+    def verify_many(
+        self, pairs: Sequence[tuple[str, str]], questions: Sequence[Question] | None = None
+    ) -> list[Verdict]:
+        """The verdict on each (answer, reference), in order; equal ones are verified once.
+
+        Args:
+            questions: one per pair, or None for none at all.
+        """
+        asked = list(zip(pairs, questions or [None] * len(pairs), strict=True))
+        verdicts = {key: compare(*key[0], key[1]) for key in dict.fromkeys(asked)}
+        hard = list(dict.fromkeys(key[0] for key, verdict in verdicts.items() if verdict is None))
+        solved: dict[tuple[str, str], Verdict] = {}
         if hard and not self.mathematics:
-            verdicts.update(dict.fromkeys(hard, Verdict(Outcome.WRONG, "not the same text")))
+            solved = dict.fromkeys(hard, Verdict(Outcome.WRONG, "not the same text"))
         elif hard:
             with self._lock:
-                verdicts.update(zip(hard, self._in_workers(hard), strict=True))
-        result = [verdict for pair in pairs if (verdict := verdicts[pair]) is not None]
+                solved = dict(zip(hard, self._in_workers(hard), strict=True))
+        result = [verdicts[key] or solved[key[0]] for key in asked]
         self.counts.update(verdict.outcome for verdict in result)
         return result
 
@@ -244,11 +213,3 @@ class _Worker:
                 pipe.close()
             except BrokenPipeError:
                 continue
-
-
-def _normalise(text: str) -> str:
-    """Without surrounding space, dollar signs, a final full stop, and runs of blanks."""
-    text = " ".join(text.split())
-    while len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    return text.removesuffix(".").strip()

@@ -50,7 +50,9 @@ def compare(answer: str, gold: str) -> tuple[str, str]:
         parsed = parsed or any(not isinstance(part, str) for part in found)
         if found and verify(expected, found, timeout_seconds=None):
             return "right", "equal by math-verify"
-    return "wrong", "differs by math-verify" if parsed else "the answer is not mathematics that can be parsed"
+    if not parsed:
+        return "undecided", "the answer is not mathematics that can be parsed"
+    return "wrong", "differs by math-verify"
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def test_reward_is_correctness() -> None:
         (1.0, "right: same text"),
         (0.0, "wrong: another number"),
         (0.0, "wrong: several numbers"),
-        (0.0, "wrong: not the same text"),
+        (0.0, "undecided: other words"),
         (0.0, "no answer: the reasoning was never closed"),
     ]
 

@@ -14,7 +14,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ class Endpoint:
     """One server and its health. Times are the event loop's."""
 
     settings: EndpointSettings
-    key: str | None
+    key: str | None = field(repr=False)
     in_flight: int = 0
     failures: int = 0
     openings: int = 0

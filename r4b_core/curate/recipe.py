@@ -11,6 +11,8 @@ from pydantic import Field
 import r4b_core
 from r4b_core.config.load import RecipeError, Resolved, load_settings
 from r4b_core.config.recipe import Settings
+from r4b_core.curate.generate import GenerateSettings
+from r4b_core.curate.score import ScoreSettings
 from r4b_core.curate.select import PRESETS, SelectSettings
 from r4b_core.curate.standardize.settings import InputSettings, StandardizeSettings
 
@@ -22,11 +24,13 @@ class CurateRecipe(Settings):
     """Everything that one curated data set depends on."""
 
     name: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of what select chooses; generate and score have their own")
     inputs: list[InputSettings] = Field(default_factory=list, description="raw files, in the order that decides ties")
     workers: int | None = Field(None, ge=0, description="processes; none: one per core; 0: this process alone")
     stages: list[StageName] = Field(default_factory=lambda: list(STAGES), description="what `r4b curate run` does")
     standardize: StandardizeSettings = StandardizeSettings()
+    generate: GenerateSettings = GenerateSettings()
+    score: ScoreSettings = ScoreSettings()
     select: SelectSettings = SelectSettings()
 
 

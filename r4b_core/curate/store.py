@@ -79,7 +79,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     status = path.stat()
     sidecar = path.with_suffix(".json")
-    if path.suffix == ".parquet" and sidecar.is_file():
+    if path.suffix == ".parquet" and sidecar.is_file() and (path.parent / STAGE_FILE).is_file():
         written = _read_json(sidecar).get("output", {})
         if written.get("bytes") != status.st_size:
             raise StageError(
@@ -360,9 +360,14 @@ def folder_counts(folder: str | Path) -> Counts:
 def dropped_rows(folder: str | Path) -> Iterator[Drop]:
     """Every record that a stage let go, in order."""
     for path in sorted(Path(folder).glob("part-*.dropped.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield Drop(**json.loads(line))
+        yield from read_dropped(path)
+
+
+def read_dropped(path: Path) -> Iterator[Drop]:
+    """The records that a partition let go, in order."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Drop(**json.loads(line))
 
 
 def digest(path: Path) -> str:

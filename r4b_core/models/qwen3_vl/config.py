@@ -76,6 +76,12 @@ class Qwen3VLConfig:
         """Values of one RGB patch of a still image."""
         return 3 * self.patch_size**2
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The first parts of all parameters' names."""
+        head = () if self.tie_embeddings else ("output_layer",)
+        return ("vision", "embedding", "decoder", *head)
+
 
 _EYES_2B_4B: dict[str, Any] = dict(
     vision_num_layers=24, vision_hidden_size=1024, vision_ffn_hidden_size=4096, deepstack_layers=(5, 11, 17)

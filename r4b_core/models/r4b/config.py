@@ -46,6 +46,12 @@ class R4BConfig:
         """Values of one RGB patch."""
         return 3 * self.patch_size**2
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The first parts of all parameters' names."""
+        head = () if self.tie_embeddings else ("output_layer",)
+        return ("vision", "projector", "image_newline", "embedding", "decoder", *head)
+
 
 SIZES = {
     "toy": R4BConfig(

@@ -279,10 +279,6 @@ class Band:
             raise ValueError(f"{text!r} holds no pass rate: the first number is to be the smaller one")
         return band
 
-    def __contains__(self, rate: float) -> bool:
-        above = rate >= self.low if self.holds_low else rate > self.low
-        return above and (rate <= self.high if self.holds_high else rate < self.high)
-
 
 class PackingConfig(Settings):
     capacity: int = Field(4096, ge=64, description="tokens of one micro-batch on one data-parallel rank")

@@ -39,10 +39,6 @@ WINDOW_ROWS = 1024
 CACHED_WINDOWS = 8
 
 
-class StreamError(ValueError):
-    """Records that cannot be streamed, with the reason."""
-
-
 class RecordProcessor(Protocol):
     """What is asked of a model family here; see models/processor.py."""
 
@@ -146,6 +142,12 @@ class Bad(NamedTuple):
     id: str
     reason: str
     detail: str
+
+
+class StreamError(ValueError):
+    """A lane none of whose records can be used; ``bad`` says why of each."""
+
+    bad: list[Bad] = []
 
 
 def reason_of(error: ValueError) -> str:
@@ -324,9 +326,11 @@ class Lane:
                 return item
             self.bad.append(item)
             reason = f"{item.id}: {item.reason}, {item.detail}"
-        raise StreamError(
+        error = StreamError(
             f"data.train: none of the {self.share} records of one lane can be used; the last was {reason}"
         )
+        error.bad = self.bad
+        raise error
 
     def _item(self, epoch: int, index: int) -> Item | Bad:
         return self.planner.plan(self.take(epoch, self.number + index * self.lanes), epoch, index)

@@ -12,13 +12,12 @@ import torch
 
 from r4b_core.config.recipe import BpoConfig
 from r4b_core.data.batch import PackedBatch
-from r4b_core.data.boards import make_samples
-from r4b_core.data.encoding import EncodedPrompt, encode_prompt
+from r4b_core.data.encoding import EncodedPrompt
 from r4b_core.data.packing import Response, pack_groups_for_rl
-from r4b_core.data.schema import Sample
+from r4b_core.data.prompts import Prompt
 from r4b_core.losses.heads import PolicyHead, row_logprobs
 from r4b_core.losses.policy import response_row_weights
-from r4b_core.models.r4b.model import R4BModel
+from r4b_core.models.decoder import DecoderModel
 from r4b_core.modes import Mode
 from r4b_core.parallel import checkpoint
 from r4b_core.rewards.reward import AnswerReward
@@ -27,8 +26,7 @@ from r4b_core.rollout.engine import EmbeddedEngine, bimode_requests
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.sampling import request_seed
 from r4b_core.rollout.types import Group, Request, SamplingParams
-from r4b_core.stages.anneal import packing
-from r4b_core.stages.job import Job, Stage, mean_metrics
+from r4b_core.stages.job import Job, Stage, mean_metrics, packing
 from r4b_core.telemetry.bimode import bimode_metrics, probe_metrics
 from r4b_core.telemetry.locate import REFERENCE
 from r4b_kernels import group_advantage
@@ -43,22 +41,26 @@ def bpo(job: Job) -> None:
         return
     stage = job.begin("bpo", config.optim, config.steps, freeze=config.freeze)
     reference = reference_model(job, stage) if config.kl_coef > 0 else None
-    engine = EmbeddedEngine(job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
+    engine = EmbeddedEngine(job.chunks, job.tokenizer.mode_tokens, job.tokenizer.vocab_size)
     head = PolicyHead(config)
 
-    with Verifier(mathematics=False) as verifier:  # a board's answers are digits
+    job.source.restore(stage.state.get("source", {}))
+    stage.keep("source", lambda: job.source.state)
+
+    with Verifier(mathematics=job.source.mathematics) as verifier:
         reward = AnswerReward(verifier, config.length_cost, config.max_new_tokens)
         for step in stage.remaining():
             values = {}
             if config.probe_every and step % config.probe_every == 0:
                 values |= probe(job, engine, reward, step)
-            groups, prompts = collect(job, engine, reward, step)
+            groups, prompts, drawn = collect(job, engine, reward, step)
+            values |= drawn
             batches = pack(job, groups, prompts)
             with timeline("reference"):
                 if reference is not None:
                     add_column(job, stage, batches, "ref_logprob", reference)
                 if config.old_logprob == "recompute":
-                    add_column(job, stage, batches, "old_logprob", job.model)
+                    add_column(job, stage, batches, "old_logprob", job.chunks)
             with timeline("update"):
                 updates = [stage.learner.step(batches, head) for _ in range(config.epochs)]
             result = next((update for update in updates if update.skipped), updates[-1])
@@ -72,42 +74,40 @@ def bpo(job: Job) -> None:
 
 def collect(
     job: Job, engine: EmbeddedEngine, reward: AnswerReward, step: int
-) -> tuple[list[Group], list[EncodedPrompt]]:
-    """A step's groups, scored and with advantages, and their prompts.
+) -> tuple[list[Group], list[EncodedPrompt], dict[str, float]]:
+    """A step's groups, scored and with advantages, their prompts, and what the source has to say about them.
 
     DAPO leaves out groups whose rewards are all equal and draws again, a few times at most.
     """
     config, timeline = job.recipe.bpo, job.run.timeline
     groups: list[Group] = []
     prompts: list[EncodedPrompt] = []
+    all_drawn: list[tuple[Group, EncodedPrompt]] = []
     for attempt in range(RESAMPLE_ROUNDS if config.drop_zero_variance else 1):
-        samples = draw_prompts(job, step, attempt)
-        encoded = [encode_prompt(job.tokenizer, sample) for sample in samples]
+        asked = job.source.draw(step, attempt)
+        if not asked:
+            break
         with timeline("rollout"):
-            drawn = rollouts(job, engine, samples, encoded, step, attempt)
+            drawn = rollouts(job, engine, asked, step, attempt)
         with timeline("reward"):
             reward.score_groups(drawn, job.tokenizer.decode)
             assign_advantages(drawn, config)
-        for group, prompt in zip(drawn, encoded, strict=True):
+        for group, prompt in zip(drawn, asked, strict=True):
+            all_drawn.append((group, prompt.encoded))
             if len(groups) < config.prompts and (has_signal(group) or not config.drop_zero_variance):
                 groups.append(group)
-                prompts.append(prompt)
+                prompts.append(prompt.encoded)
         if len(groups) == config.prompts:
             break
-    return (groups, prompts) if groups else (drawn, encoded)
+    values = job.source.learn([group for group, _ in all_drawn])
+    if not groups:
+        # An update needs rows, and these move nothing.
+        last = all_drawn[-config.prompts :]
+        groups, prompts = [group for group, _ in last], [prompt for _, prompt in last]
+    return groups, prompts, values
 
 
-def draw_prompts(job: Job, step: int, attempt: int = 0) -> list[Sample]:
-    """The prompts of a step; a pure function of the step, so a resumed run draws the same."""
-    config = job.recipe.bpo
-    return make_samples(
-        "train", job.recipe.seed, f"bpo/{attempt}", step, config.prompts, config.mix, config=job.recipe.data
-    )
-
-
-def rollouts(
-    job: Job, engine: EmbeddedEngine, samples: list[Sample], prompts: list[EncodedPrompt], step: int, attempt: int
-) -> list[Group]:
+def rollouts(job: Job, engine: EmbeddedEngine, prompts: Sequence[Prompt], step: int, attempt: int) -> list[Group]:
     """g thinking and g direct responses per prompt (or 2g free ones), each with its own seed."""
     config = job.recipe.bpo
 
@@ -115,8 +115,14 @@ def rollouts(
         return request_seed(job.recipe.seed, ROLLOUT_STREAM, step, attempt, prompt, k)
 
     requests = bimode_requests(len(prompts), config.group_size, config.rollouts == "free", seed)
-    params = SamplingParams(config.max_new_tokens, config.temperature)
-    return generate_groups(engine, job.runtime, samples, prompts, requests, params)
+    return generate(job, engine, prompts, requests, SamplingParams(config.max_new_tokens, config.temperature))
+
+
+def generate(
+    job: Job, engine: EmbeddedEngine, prompts: Sequence[Prompt], requests: list[Request], params: SamplingParams
+) -> list[Group]:
+    samples, encoded = [prompt.sample for prompt in prompts], [prompt.encoded for prompt in prompts]
+    return generate_groups(engine, job.runtime, samples, encoded, requests, params)
 
 
 def assign_advantages(groups: Sequence[Group], config: BpoConfig) -> None:
@@ -165,15 +171,16 @@ def pack(job: Job, groups: list[Group], prompts: list[EncodedPrompt]) -> list[Pa
     return ranks[job.runtime.dp_rank]
 
 
-def reference_model(job: Job, stage: Stage) -> R4BModel:
+def reference_model(job: Job, stage: Stage) -> list[DecoderModel]:
     """The policy as it was before the first update; kept beside the checkpoints for resumed runs."""
-    folder, reference = job.checkpoints(REFERENCE), job.new_model()
+    folder, reference = job.checkpoints(REFERENCE), job.new_chunks()
     if stage.done == 0:
         try:
             checkpoint.save(folder, 0, stage.learner, {}, keep=1)
         except checkpoint.CheckpointWriteError as error:
             raise ValueError(f"the reference policy must be on disk before BPO begins: {error}") from error
-        reference.load_state_dict(job.model.state_dict())
+        for chunk, policy in zip(reference, job.chunks, strict=True):
+            chunk.load_state_dict(policy.state_dict())
     else:
         path = checkpoint.latest(folder)
         if path is None:
@@ -181,15 +188,15 @@ def reference_model(job: Job, stage: Stage) -> R4BModel:
                 f"{folder}: the reference policy of this run is gone, so its KL term cannot go on: restore the folder, "
                 "set bpo.kl_coef=0, or start a new run folder"
             )
-        checkpoint.load_weights(path, [reference])
-    return reference.requires_grad_(False)
+        checkpoint.load_weights(path, reference)
+    return [chunk.requires_grad_(False) for chunk in reference]
 
 
-def add_column(job: Job, stage: Stage, batches: list[PackedBatch], name: str, model: R4BModel) -> None:
-    """Log-probabilities of all rows under ``model``, as a column of the batches."""
+def add_column(job: Job, stage: Stage, batches: list[PackedBatch], name: str, model: list[DecoderModel]) -> None:
+    """Log-probabilities of all rows under ``model`` (its chunks), as a column of the batches."""
     temperature, group = job.recipe.bpo.temperature, job.runtime.cp_group
 
-    def logprobs(model: R4BModel, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor:
+    def logprobs(model: DecoderModel, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor:
         return row_logprobs(model, batch, hidden, temperature)
 
     columns = stage.learner.forward_only(batches, logprobs, model=model, broadcast=True) or []
@@ -201,16 +208,12 @@ def add_column(job: Job, stage: Stage, batches: list[PackedBatch], name: str, mo
 
 def probe(job: Job, engine: EmbeddedEngine, reward: AnswerReward, step: int) -> dict[str, float]:
     """Free greedy answers to fixed held-out questions, before the step's update: does the model think, and where?"""
-    config = job.recipe.bpo
-    samples = make_samples(
-        "held_out", job.recipe.seed, "probe", 0, config.probe_prompts, config.mix, config=job.recipe.data
-    )
-    prompts = [encode_prompt(job.tokenizer, sample) for sample in samples]
+    prompts = job.source.probes()
     requests = [
         Request(i, Mode.AUTO, request_seed(job.recipe.seed, PROBE_STREAM, step, i)) for i in range(len(prompts))
     ]
-    params = SamplingParams(config.max_new_tokens, temperature=0.0)
+    params = SamplingParams(job.recipe.bpo.max_new_tokens, temperature=0.0)
     with job.run.timeline("evaluate"):
-        groups = generate_groups(engine, job.runtime, samples, prompts, requests, params)
+        groups = generate(job, engine, prompts, requests, params)
         reward.score_groups(groups, job.tokenizer.decode)
     return probe_metrics(groups, job.tokenizer.mode_tokens)

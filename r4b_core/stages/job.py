@@ -7,20 +7,22 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 
-from r4b_core.config.recipe import OptimConfig, Recipe
-from r4b_core.data.boards import fingerprint
-from r4b_core.data.tokenizer import ToyTokenizer
-from r4b_core.models.r4b.model import R4BModel, build_model
+from r4b_core.config.recipe import ModelConfig, OptimConfig, Recipe
+from r4b_core.data.tokenizer import Tokenizer
+from r4b_core.models.decoder import DecoderModel
+from r4b_core.models.families import build_model
+from r4b_core.models.processor import processor_of
 from r4b_core.parallel import checkpoint
 from r4b_core.parallel.learner import Learner, StepResult
 from r4b_core.parallel.runtime import Runtime
+from r4b_core.stages.source import SUPERVISED, check_data, source_of
 from r4b_core.telemetry.locate import STAGES, ResumePoint, checkpoints, locate
 from r4b_core.telemetry.run import RECIPE, RunFolder, stage_steps
 
@@ -58,11 +60,15 @@ class StopSignal:
         self.requested = True
 
 
-def check_resume(recipe: Recipe, run_dir: Path, point: ResumePoint) -> None:
+def check_resume(recipe: Recipe, run_dir: Path, point: ResumePoint, found: str | None = None) -> None:
     """Can the run in ``run_dir`` go on from ``point`` under this recipe? To be asked before anything is written.
 
+    Args:
+        found: fingerprint of the recipe's training data, if it is known.
+
     Raises:
-        ValueError: another recipe, model, seed or data set, or a stage that is shorter than what was done of it.
+        ValueError: another recipe, model, seed or data set, a stage that is shorter than what was done of it, or
+            another number of packed sequences per step in the midst of a stage.
     """
     before = yaml.safe_load((run_dir / RECIPE).read_text(encoding="utf-8")) if (run_dir / RECIPE).exists() else {}
     if before.get("name", recipe.name) != recipe.name:
@@ -83,7 +89,7 @@ def check_resume(recipe: Recipe, run_dir: Path, point: ResumePoint) -> None:
             f"seed: {point.path} was trained with seed {state['seed']} and the recipe says {recipe.seed}: "
             "resume with the same seed, or start a new run folder"
         )
-    found = fingerprint(recipe.data, "train")
+    found = check_data(recipe) if found is None else found
     if state["fingerprint"] != found:
         raise ValueError(
             f"data: {point.path} was trained on another data set (fingerprint {state['fingerprint'][:12]}, now "
@@ -96,13 +102,21 @@ def check_resume(recipe: Recipe, run_dir: Path, point: ResumePoint) -> None:
             f"{point.stage}.steps: the recipe asks for {steps} and {point.path} is already past them: ask for "
             f"{point.step} or more, or start a new run folder"
         )
+    lanes = state.get("data", {}).get("lanes", {}) if point.stage in SUPERVISED and point.step < steps else {}
+    if lanes and len(lanes) != (asked := getattr(recipe, point.stage).batch_size):
+        raise ValueError(
+            f"{point.stage}.batch_size: {point.path} holds the position of {len(lanes)} packed sequences and the "
+            f"recipe asks for {asked}: go on with as many, or start a new run folder"
+        )
 
 
 class Job:
     """One run of a recipe on this rank.
 
     Attributes:
-        model: this rank's pipeline stage, with the weights that the last stage of training left.
+        chunks: this rank's pipeline stage (its chunks, where the pipeline is interleaved), with the weights that the
+            last stage of training left.
+        source: where samples come from.
         resume: where the run goes on, or None.
     """
 
@@ -110,15 +124,29 @@ class Job:
         self, recipe: Recipe, runtime: Runtime, run: RunFolder, stop: StopSignal, resume: ResumePoint | None
     ) -> None:
         self.recipe, self.runtime, self.run, self.stop, self.resume = recipe, runtime, run, stop, resume
-        self.tokenizer = ToyTokenizer()
-        self.model = self.new_model()
+        self.processor = processor_of(recipe.model, recipe.data)
+        self.chunks = self.new_chunks()
         if recipe.model.init_from is not None and resume is None:
             path, _ = locate(Path(recipe.model.init_from))
-            checkpoint.load_weights(path, [self.model])
-        self.fingerprint = fingerprint(recipe.data, "train")
+            checkpoint.load_weights(path, self.chunks)
+        self.source = source_of(recipe, self.processor, runtime, run.path)
+        self.fingerprint = self.source.fingerprint
 
-    def new_model(self) -> R4BModel:
-        return build_model(self.recipe.model, self.recipe.parallel, self.recipe.seed)
+    @property
+    def model(self) -> DecoderModel:
+        """This rank's pipeline stage, where it is one chunk."""
+        (model,) = self.chunks
+        return model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.processor.tokenizer
+
+    def new_chunks(self, model: ModelConfig | None = None) -> list[DecoderModel]:
+        """A freshly initialized model of the recipe's layout; ``model`` takes the place of the recipe's."""
+        recipe = self.recipe
+        chunks = range(recipe.parallel.virtual_stages)
+        return [build_model(model or recipe.model, recipe.parallel, recipe.seed, chunk) for chunk in chunks]
 
     def is_past(self, stage: str) -> bool:
         """Did the run that is resumed already leave this stage behind?"""
@@ -144,23 +172,37 @@ class Job:
 
     def begin(self, stage: str, optim: OptimConfig, steps: int, freeze: Sequence[str] = ()) -> Stage:
         """A learner on a copy of the current weights, at the step where the stage stopped or at its start."""
-        model = self.new_model()
-        model.load_state_dict(self.model.state_dict())
-        self.model = model
+        chunks = self.new_chunks()
+        for chunk, trained in zip(chunks, self.chunks, strict=True):
+            chunk.load_state_dict(trained.state_dict())
+        self.chunks = chunks
         gc.collect()
-        learner = Learner([model], self.runtime, optim, total_steps=steps, freeze=freeze)
+        learner = Learner(chunks, self.runtime, optim, total_steps=steps, freeze=freeze)
         return Stage(self, stage, learner, steps)
 
 
 class Stage:
-    """The steps of one stage: numbering, resuming, logging, checkpoints."""
+    """The steps of one stage: numbering, resuming, logging, checkpoints.
+
+    Attributes:
+        state: what the checkpoint that the stage goes on from holds beside tensors; {} at the stage's beginning.
+    """
 
     def __init__(self, job: Job, name: str, learner: Learner, steps: int) -> None:
         self.job, self.name, self.learner, self.steps = job, name, learner, steps
-        self.done = 0
+        self.state: dict[str, Any] = {}
+        self._kept: dict[str, Callable[[], Any]] = {}
         if job.resume is not None and job.resume.stage == name:
-            self.done = checkpoint.load(job.resume.path, learner)["step"]
+            self.state = checkpoint.load(job.resume.path, learner)
+        self.done: int = self.state.get("step", 0)
         self._started = time.perf_counter()
+
+    def keep(self, name: str, value: Callable[[], Any]) -> None:
+        """From now on checkpoints hold ``value()``, JSON-able and the same on every rank, under ``state[name]``.
+
+        It is called on all ranks together.
+        """
+        self._kept[name] = value
 
     def remaining(self) -> Iterator[int]:
         """Step numbers still to do; between two of them the state is saved when it is due or a stop was asked for."""
@@ -188,6 +230,7 @@ class Stage:
         """Publish a checkpoint. A full disk is reported and survived: the run goes on with the checkpoint before."""
         job = self.job
         state = {"stage": self.name, "step": self.done, "fingerprint": job.fingerprint, "seed": job.recipe.seed}
+        state |= {name: value() for name, value in self._kept.items()}
         with job.run.timeline("checkpoint"):
             job.run.metrics.sync()
             try:
@@ -198,6 +241,16 @@ class Stage:
                 job.run.metrics.log(self.name, self.done, {"alarm/checkpoint": str(error)})
                 return False
         return True
+
+
+def packing(job: Job) -> dict[str, Any]:
+    """How this job cuts its streams: capacity and divisibility."""
+    parallel, packed = job.recipe.parallel, job.recipe.packing
+    return {
+        "capacity": packed.capacity,
+        "multiple": parallel.tp * parallel.cp,
+        "pad_to": packed.capacity if packed.static else None,
+    }
 
 
 def mean_metrics(result: StepResult) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A whole recipe: pre-training, annealing, evaluation, BPO, evaluation, report."""
+"""A whole recipe: pre-training, annealing, distillation, evaluation, BPO, evaluation, report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from r4b_core.parallel import runtime as parallel_runtime
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.stages.anneal import anneal, pretrain
 from r4b_core.stages.bpo import bpo
+from r4b_core.stages.distill import check_teacher, distill
 from r4b_core.stages.job import Job, StopSignal, check_resume
+from r4b_core.stages.source import check_data
 from r4b_core.telemetry.files import write_atomic
 from r4b_core.telemetry.locate import REFERENCE, STAGES, checkpoints, find_resume_point
 from r4b_core.telemetry.metrics import read_metrics
@@ -38,8 +40,8 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
         The summary, as written to summary.json.
 
     Raises:
-        ValueError: ``resume="never"`` and the folder holds a run; a layout that does not fit; a recipe that the run in
-            the folder cannot go on under.
+        ValueError: ``resume="never"`` and the folder holds a run; a layout that does not fit; data or a teacher that
+            cannot be used; a recipe that the run in the folder cannot go on under.
         Interrupted: after Ctrl-C, once the state is saved.
     """
     recipe, run_dir = resolved.recipe, Path(run_dir)
@@ -48,8 +50,10 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
         raise ValueError(
             f"--run {run_dir}: holds a run (checkpoint {point.path.name}); give a new folder or --resume auto"
         )
+    found = check_data(recipe)
+    check_teacher(recipe)
     if point is not None:
-        check_resume(recipe, run_dir, point)
+        check_resume(recipe, run_dir, point, found)
     ranks = parallel_runtime.start(recipe.parallel, seed=recipe.seed)
     try:
         with StopSignal(quiet=not ranks.is_main) as stop, RunFolder(run_dir, active=ranks.is_main) as run:
@@ -62,7 +66,10 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
                 pretrain(job)
             with clock("anneal"):
                 anneal(job)
-            before = evaluate_once(job, "anneal", clock)
+            if recipe.distill.steps:
+                with clock("distill"):
+                    distill(job)
+            before = evaluate_once(job, "distill" if recipe.distill.steps else "anneal", clock)
             job.stop_if_asked("the evaluation before BPO")
             with clock("bpo"):
                 bpo(job)
@@ -93,12 +100,16 @@ def remove_leftovers(run_dir: Path, keep: int) -> None:
 def evaluate_once(job: Job, stage: str, clock: Clock) -> dict[str, Any]:
     """Evaluate the current weights, those at the end of ``stage``; or read what an earlier start of this run found.
 
+    A recipe of records without held-out files has nothing to evaluate on: {}.
+
     metrics.jsonl is the only record: it is cut back to the checkpoint that a run goes on from, so an evaluation that
     is still in it is one of these weights.
 
     Raises:
         ValueError: the evaluation before BPO is missing from a run that is past it, whose weights are gone.
     """
+    if job.recipe.data.task == "records" and not job.recipe.data.held_out_files:
+        return {}
     step = stage_steps(job.recipe)[stage]
     known = None
     if job.runtime.is_main and job.resume is not None:
@@ -115,9 +126,9 @@ def evaluate_once(job: Job, stage: str, clock: Clock) -> dict[str, Any]:
         )
     with clock("evaluate"), job.run.timeline("evaluate"):
         engine = EmbeddedEngine(
-            job.model, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch
+            job.chunks, job.tokenizer.mode_tokens, job.tokenizer.vocab_size, job.recipe.evaluate.batch
         )
-        evaluation = evaluate(job.recipe, job.runtime, job.tokenizer, engine)
+        evaluation = evaluate(job.recipe, job.runtime, job.processor, engine)
     job.run.metrics.log(stage, step, evaluation.metrics())
     return evaluation.table()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from r4b_core.parallel import checkpoint
 from r4b_core.telemetry.run import RECIPE
 
-STAGES = ("pretrain", "anneal", "bpo")
+STAGES = ("pretrain", "anneal", "distill", "bpo")
 REFERENCE = "reference"
 
 

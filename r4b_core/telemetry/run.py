@@ -147,4 +147,9 @@ class RunFolder:
 def stage_steps(recipe: Recipe) -> dict[str, int]:
     """Steps of each stage, as the console counts them."""
     tail = recipe.anneal.tail_steps if recipe.anneal.tail != "none" else 0
-    return {"pretrain": recipe.pretrain.steps, "anneal": recipe.anneal.steps + tail, "bpo": recipe.bpo.steps}
+    return {
+        "pretrain": recipe.pretrain.steps,
+        "anneal": recipe.anneal.steps + tail,
+        "distill": recipe.distill.steps,
+        "bpo": recipe.bpo.steps,
+    }

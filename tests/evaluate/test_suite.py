@@ -12,9 +12,9 @@ import pytest
 from r4b_core.config.load import load_recipe
 from r4b_core.config.recipe import EvaluateConfig, ParallelConfig
 from r4b_core.data.boards import make_samples
-from r4b_core.data.tokenizer import ToyTokenizer
 from r4b_core.evaluate.run import evaluation_table
 from r4b_core.evaluate.suite import FAMILIES, Cell, Evaluation, deal_images, evaluate, table_of
+from r4b_core.models.processor import processor_of
 from r4b_core.models.r4b.model import build_model
 from r4b_core.modes import Mode
 from r4b_core.parallel import runtime
@@ -88,16 +88,15 @@ def test_the_printed_table_has_every_family_and_mode() -> None:
 def parts() -> Iterator[tuple]:
     recipe = load_recipe("smoke", ["evaluate.items=4", "bpo.max_new_tokens=6"]).recipe
     ranks = runtime.start(ParallelConfig(), seed=0)
-    tokenizer = ToyTokenizer()
     model = build_model(recipe.model, recipe.parallel, recipe.seed)
-    yield recipe, ranks, tokenizer, model
+    yield recipe, ranks, processor_of(recipe.model, recipe.data), model
     ranks.stop()
 
 
 def run(parts: tuple, batch: int) -> Evaluation:
-    recipe, ranks, tokenizer, model = parts
-    engine = EmbeddedEngine(model, tokenizer.mode_tokens, tokenizer.vocab_size, batch)
-    return evaluate(recipe, ranks, tokenizer, engine)
+    recipe, ranks, processor, model = parts
+    engine = EmbeddedEngine(model, processor.tokenizer.mode_tokens, processor.tokenizer.vocab_size, batch)
+    return evaluate(recipe, ranks, processor, engine)
 
 
 def test_forced_modes_are_forced_and_budgets_kept(parts: tuple) -> None:

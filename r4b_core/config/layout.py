@@ -143,14 +143,17 @@ def _stream(recipe: Recipe) -> Iterator[str]:
 
 def _too_many_replicas(recipe: Recipe, dp: int) -> Iterator[str]:
     """Every data-parallel rank needs a share of every step."""
-    stages = {name: "batch_size" for name in ("pretrain", "anneal", "distill")} | {"bpo": "prompts"}
-    for name, field in stages.items():
-        stage = getattr(recipe, name, None)
-        steps, share, setting = getattr(stage, "steps", 0), getattr(stage, field, dp), f"{name}.{field}"
+    shares = {
+        "pretrain.batch_size": (recipe.pretrain.steps, recipe.pretrain.batch_size),
+        "anneal.batch_size": (recipe.anneal.steps, recipe.anneal.batch_size),
+        "distill.batch_size": (recipe.distill.steps, recipe.distill.batch_size),
+        "bpo.prompts": (recipe.bpo.steps, recipe.bpo.prompts),
+    }
+    for setting, (steps, share) in shares.items():
         if steps and share < dp:
             yield (
                 f"{setting} = {share}: less than one for each of the {dp} data-parallel ranks; take {dp} or more, or "
-                f"spend ranks on tp, pp or cp"
+                "spend ranks on tp, pp or cp"
             )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from r4b_core.config.load import RecipeError
-from r4b_core.config.recipe import OptimConfig, Recipe
+from r4b_core.config.recipe import Recipe
 
 
 class ModelShape(Protocol):
@@ -171,9 +171,14 @@ def _parts(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
 
 
 def _prefixes(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for name, stage in recipe:
-        optim = getattr(stage, "optim", None)
-        if isinstance(optim, OptimConfig) and getattr(stage, "steps", 0):
-            yield from ((f"{name}.optim.lr_scale", prefix) for prefix in optim.lr_scale)
-            yield from ((f"{name}.optim.constant", prefix) for prefix in optim.constant)
-            yield from ((f"{name}.freeze", prefix) for prefix in getattr(stage, "freeze", ()))
+    """(setting, prefix) of the stages that have steps."""
+    stages = {
+        "pretrain": (recipe.pretrain.steps, recipe.pretrain.optim, []),
+        "anneal": (recipe.anneal.steps, recipe.anneal.optim, []),
+        "distill": (recipe.distill.steps, recipe.distill.optim, []),
+        "bpo": (recipe.bpo.steps, recipe.bpo.optim, recipe.bpo.freeze),
+    }
+    for name, (steps, optim, frozen) in stages.items():
+        given = {"optim.lr_scale": optim.lr_scale, "optim.constant": optim.constant, "freeze": frozen}
+        for setting, prefixes in given.items():
+            yield from ((f"{name}.{setting}", prefix) for prefix in prefixes if steps)

@@ -176,24 +176,45 @@ class Background:
 
 
 class ChatClient:
-    """Asks one served model; lives in the loop of a `Background`. Use `open_client`."""
+    """Asks one served model; lives in the loop of a `Background`. Use `open_client`.
+
+    It connects when it meets the first request that the journal does not answer.
+    """
 
     def __init__(
-        self, background: Background, model: ServedModel, journal: Journal | None, *, retry_refused: bool = False
+        self,
+        background: Background,
+        model: ServedModel,
+        section: str,
+        journal: Journal | None,
+        *,
+        retry_refused: bool = False,
     ) -> None:
-        self.model, self.journal = model, journal
+        self.model, self.section, self.journal = model, section, journal
         self._background, self._retry_refused = background, retry_refused
         self._fingerprint = model.fingerprint()
         self._answered = self._failed_in_a_row = 0
-        self._session: aiohttp.ClientSession
-        self._pool: Pool
+        self._connecting = asyncio.Lock()
+        self._session: aiohttp.ClientSession | None = None
+        self._pool: Pool | None = None
 
-    async def start(self) -> None:
-        """Connect.
+    async def _connect(self) -> Pool:
+        """The endpoints, one of them found in order.
 
         Raises:
             EndpointError: if no endpoint can be used.
         """
+        async with self._connecting:
+            if self._pool is None:
+                try:
+                    self._pool = await self._start()
+                except ValueError as error:
+                    stopped = EndpointError(f"{self.section}: {error}")
+                    self._background.stop(stopped)
+                    raise stopped from error
+        return self._pool
+
+    async def _start(self) -> Pool:
         calls = self.model.calls
         endpoints = [Endpoint(settings, settings.api_key()) for settings in self.model.endpoints]
         self._session = aiohttp.ClientSession(
@@ -203,17 +224,16 @@ class ChatClient:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
-        try:
-            self._pool = Pool(endpoints, calls, self._probe, self._background.stop)
-            await self._pool.start()
-        except BaseException:
-            await self._session.close()
-            raise
+        pool = Pool(endpoints, calls, self._probe, self._background.stop)
+        await pool.start()
+        return pool
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._pool.close()
-        await self._session.close()
+        if self._pool is not None:
+            await self._pool.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def ask(self, request: ChatRequest) -> Answer:
         """The answer to a request: from the journal where it has one, else from an endpoint.
@@ -239,14 +259,15 @@ class ChatClient:
         return answer
 
     async def _ask_endpoints(self, request: ChatRequest, identity: str) -> Answer:
+        pool = self._pool or await self._connect()
         tries = limited = 0
         body: bytes | None = None
         while True:
-            endpoint = await self._pool.acquire()
+            endpoint = await pool.acquire()
             try:
                 body = body or await self._body(request)
                 reply = await self._try(endpoint, body, request.name)
-                self._pool.succeeded(endpoint)
+                pool.succeeded(endpoint)
                 self._answered += 1
                 self._failed_in_a_row = 0
                 text = reply.response(self.model.thinking)
@@ -254,29 +275,29 @@ class ChatClient:
             except TryFailed as failed:
                 failure, detail, retry_after = failed.failure, failed.detail, failed.retry_after
                 if failure in TRANSIENT:
-                    self._pool.failed(endpoint, failure, detail, retry_after)
+                    pool.failed(endpoint, failure, detail, retry_after)
                 elif failure is Failure.REFUSED:
-                    self._pool.succeeded(endpoint)
+                    pool.succeeded(endpoint)
             finally:
-                self._pool.release(endpoint)
+                pool.release(endpoint)
             limited += failure is Failure.RATE_LIMITED
             tries += failure is not Failure.RATE_LIMITED
             if failure not in TRANSIENT or tries >= self.model.calls.tries or limited >= _MAX_RATE_LIMITED:
-                self._count_failure(failure, detail)
+                self._count_failure(pool, failure, detail)
                 return Answer(failure=failure, detail=detail)
             wait = backoff(self.model.calls, identity, tries + limited)
             await asyncio.sleep(wait if retry_after is None else retry_after)
 
-    def _count_failure(self, failure: Failure, detail: str) -> None:
+    def _count_failure(self, pool: Pool, failure: Failure, detail: str) -> None:
         """Stop where every request fails: a stage that drops all its records helps nobody."""
         if failure in (Failure.UNSENDABLE, Failure.TOO_LARGE):
             return
         self._failed_in_a_row += 1
         # A server that has answered before may refuse many records in a row with reason, such as too long ones.
         if self._failed_in_a_row >= _DOOMED and not (failure is Failure.REFUSED and self._answered):
-            self._pool.stop(
+            pool.stop(
                 EndpointError(
-                    f"{self.model.model}: {self._failed_in_a_row} requests in a row failed and none succeeded, the "
+                    f"{self.section}: {self._failed_in_a_row} requests in a row failed and none succeeded, the "
                     f"last with: {failure} ({detail}). Look at the server and at the settings of the model; answers "
                     "received are in the journal, start again to go on"
                 )
@@ -321,8 +342,8 @@ class ChatClient:
         """
         status, kind, retry_after, raw = await self._send("GET", endpoint, "models", {}, None, None)
         is_json = raw.lstrip()[:1] in (b"{", b"[")
-        if status in (404, 405) and is_json:
-            return  # not every server lists its models
+        if status == 500 or (status in (404, 405) and is_json):
+            return  # not every server can list its models
         if status != 200:
             raise _failure(endpoint, status, kind, retry_after, raw)
         try:
@@ -346,6 +367,7 @@ class ChatClient:
             TryFailed: if there is no reply, or not all of it.
         """
         calls = self.model.calls
+        assert self._session is not None
         if endpoint.key:
             headers["Authorization"] = f"Bearer {endpoint.key}"
         total = calls.total_timeout_s if body else min(calls.total_timeout_s, calls.connect_timeout_s + 10)
@@ -402,24 +424,20 @@ def open_client(
     *,
     retry_refused: bool = False,
 ) -> Iterator[ChatClient]:
-    """A started client.
+    """A client of a model.
 
     Args:
         section: of the recipe, for errors.
 
     Raises:
-        EndpointError: if no endpoint is named or none can be used.
+        EndpointError: if no endpoint is named; that none can be used is found when the first request is made.
     """
     if not model.endpoints:
         raise EndpointError(
             f"{section}.endpoints is empty: start a server of {model.model} and name it, such as "
             f"{section}.endpoints=[http://host:8000/v1]"
         )
-    client = ChatClient(background, model, journal, retry_refused=retry_refused)
-    try:
-        background.run(client.start())
-    except ValueError as error:
-        raise type(error)(f"{section}: {error}") from error
+    client = ChatClient(background, model, section, journal, retry_refused=retry_refused)
     try:
         yield client
     finally:

@@ -140,10 +140,10 @@ class Generate(AskStage[Said]):
 
 @contextmanager
 def open_generate(settings: GenerateSettings, background: Background, journal: Journal) -> Iterator[Generate]:
-    """The stage with its clients connected.
+    """The stage with its clients.
 
     Raises:
-        EndpointError: if a model has no endpoint that can be used.
+        EndpointError: if a model has no endpoint.
         ValueError: if a template cannot be used.
     """
     load_template(settings.template)

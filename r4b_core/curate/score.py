@@ -116,13 +116,13 @@ class Score(AskStage[list[Answer]]):
 def open_score(
     settings: ScoreSettings, background: Background, journal: Journal, judge: Judge | None = None
 ) -> Iterator[Score]:
-    """The stage with its client connected.
+    """The stage with its client.
 
     Args:
         judge: of answers; the rules of `r4b_core.rewards.verify` unless it is given.
 
     Raises:
-        EndpointError: if the student has no endpoint that can be used.
+        EndpointError: if the student has no endpoint.
         ValueError: if the template cannot be used.
     """
     load_template(settings.template)

@@ -127,6 +127,15 @@ def test_other_settings_mean_other_answers_and_cost_no_old_ones(tmp_path: Path) 
     assert warm.content == patient.content != cold.content
 
 
+def test_what_the_journal_holds_needs_no_server(tmp_path: Path) -> None:
+    with serve(plan()) as server:
+        settings = GenerateSettings(teacher=served(server.url))
+        outcome = generate(records(5), settings, tmp_path / "journal")
+    assert generate(records(5), settings, tmp_path / "journal") == outcome
+    with pytest.raises(EndpointError, match=r"generate.teacher: no endpoint can be used.*connection"):
+        generate(records(6), settings, tmp_path / "journal")
+
+
 def test_captions_are_whole_or_missing(tmp_path: Path) -> None:
     rows = records(4)
     rows[3].images, rows[3].question = [], "What is 3 + 1?"

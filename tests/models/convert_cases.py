@@ -19,6 +19,7 @@ from transformers.utils import logging
 from r4b_core.config.recipe import ModelConfig
 from r4b_core.data.packing import Response, pack_sft
 from r4b_core.data.schema import Sample
+from r4b_core.models.convert.huggingface import convert_module
 from r4b_core.models.families import resolve
 from r4b_core.models.r4b.processing import AnyRes, encode_prompt
 from tests.models import build, qwen3_vl_oracle
@@ -54,8 +55,8 @@ class TheirR4B(LlavaOnevisionForConditionalGeneration):
 THEIRS = {"r4b": TheirR4B, "qwen3_vl": Qwen3VLForConditionalGeneration}
 
 
-def their_r4b_config(tie: bool) -> LlavaOnevisionConfig:
-    shape = resolve(ModelConfig(shape=R4B_SHAPE))
+def their_r4b_config(tie: bool, **changed: Any) -> LlavaOnevisionConfig:
+    shape = resolve(ModelConfig(shape={**R4B_SHAPE, **changed}))
     return LlavaOnevisionConfig(
         text_config=dict(
             model_type="qwen3",
@@ -86,12 +87,12 @@ def their_r4b_config(tie: bool) -> LlavaOnevisionConfig:
     )
 
 
-def their_model(family: str, tie: bool, seed: int = 0) -> nn.Module:
-    """Random weights everywhere, norms and biases too."""
+def their_model(family: str, tie: bool, seed: int = 0, **changed: Any) -> nn.Module:
+    """Random weights everywhere, norms and biases too; ``changed`` are fields of the shape."""
     if family == "qwen3_vl":
-        shape = resolve(ModelConfig(family=family, shape={**SHAPES[family], "tie_embeddings": tie}))
+        shape = resolve(ModelConfig(family=family, shape={**SHAPES[family], "tie_embeddings": tie, **changed}))
         return qwen3_vl_oracle.make_oracle(shape, seed)
-    config = their_r4b_config(tie)
+    config = their_r4b_config(tie, **changed)
     config._attn_implementation = "eager"
     model = TheirR4B(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -116,12 +117,12 @@ COMPANIONS = {
 
 
 def write_theirs(
-    folder: Path, family: str, tie: bool = True, dtype: torch.dtype = torch.float32, shard: str = "100KB"
+    folder: Path, family: str, tie: bool = True, dtype: torch.dtype = torch.float32, **changed: Any
 ) -> Path:
     """A checkpoint as transformers saves it, in several shards."""
     logging.disable_progress_bar()
-    model = their_model(family, tie).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard)
+    model = their_model(family, tie, **changed).to(dtype)
+    model.save_pretrained(folder, max_shard_size="100KB")
     if family == "r4b":
         edit_config(folder, lambda config: config.update(architectures=["RForConditionalGeneration"]))
     for name, text in COMPANIONS.items():
@@ -163,6 +164,12 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def canonical(folder: Path, family: str) -> dict[str, Tensor]:
+    """All tensors by the names that a conversion writes."""
+    rename = convert_module(family).canonical
+    return {rename(name): x for name, x in all_tensors(folder).items()}
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3ForCausalLM, SiglipVisionModel
 
 from r4b_core.config.recipe import ModelConfig, ParallelConfig, Recipe
 from r4b_core.models.convert import find_like, read_config, to_huggingface, to_megatron
-from r4b_core.models.convert.huggingface import convert_module, model_of
+from r4b_core.models.convert.huggingface import model_of
 from r4b_core.models.convert.run import RECIPE
 from r4b_core.models.families import build_model, resolve
 from r4b_core.parallel import checkpoint
@@ -28,6 +28,7 @@ from tests.models.convert_cases import (
     THEIRS,
     Projector,
     all_tensors,
+    canonical,
     edit_config,
     logits_pair,
     no_disk_waits,  # noqa: F401
@@ -37,11 +38,6 @@ from tests.models.convert_cases import (
 )
 
 FAMILIES = list(SHAPES)
-
-
-def canonical(folder: Path, family: str) -> dict[str, Tensor]:
-    rename = convert_module(family).canonical
-    return {rename(name): x for name, x in all_tensors(folder).items()}
 
 
 def there_and_back(theirs: Path, folder: Path) -> Path:
@@ -86,15 +82,6 @@ def test_transformers_reads_the_export(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     _, before = logits_pair(family, model, their_model(family, tie=False))
     assert torch.equal(want, before)
-
-
-def by_key(parameters: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names in a checkpoint, in which the layers of a block are one tensor."""
-    stacks: dict[str, list[Tensor]] = {}
-    for name, value in parameters.items():
-        head, layers, tail = name.partition(".layers.")
-        stacks.setdefault(f"{head}.layers.{tail.partition('.')[2]}" if layers else name, []).append(value)
-    return {key: torch.stack(values) if ".layers." in key else values[0] for key, values in stacks.items()}
 
 
 def oracle_parameters(family: str, tensors: dict[str, Tensor], shape: Any) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from r4b_core.cli.main import app
 from r4b_core.cli.output import console
-from r4b_core.modes import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("demo", "train", "generate", "eval", "report", "plan", "show", "doctor", "bench")
@@ -155,13 +154,6 @@ def test_demo_passes_its_options_on(stub: Any) -> None:
     calls = stub("r4b_core.stages.demo", "run_demo")
     assert run("demo", "--seed", "3", "--compare", "--run", "here").exit_code == 0
     assert calls == [((Path("here"),), {"seed": 3, "compare": True})]
-
-
-def test_generate_passes_its_options_on(stub: Any) -> None:
-    calls = stub("r4b_core.evaluate.generate", "generate", "the answer")
-    result = run("generate", "run", "--image", "a.png", "--prompt", "what?", "--mode", "direct")
-    assert result.output == "the answer\n"
-    assert calls == [((Path("run"),), {"image": Path("a.png"), "prompt": "what?", "mode": Mode.DIRECT})]
 
 
 def test_eval_passes_its_options_on(stub: Any) -> None:

@@ -160,8 +160,9 @@ def _items(source: str, fates: Sequence[Fate], seed: int) -> list[Item]:
     fresh = [fate for fate in fates if fate not in _COPIES]
     rng.shuffle(fresh)
     items = [make(number, fate, rng) for number, fate in enumerate(fresh)]
-    # What is copied has to survive until duplicates are looked for, and has one copy at most.
-    originals = iter([item for item in items if item.fate.solved == 4])
+    # What is copied has to survive until duplicates are looked for, has one copy at most, and is long enough for a
+    # changed word to be little.
+    originals = iter([item for item in items if item.fate.solved == 4 and len(item.question.split()) > 10])
     copies = [_copy(next(originals), fate, len(items) + n) for n, fate in enumerate(f for f in fates if f in _COPIES)]
     return items + copies
 
@@ -353,7 +354,7 @@ def _write_digits(path: Path, items: Sequence[Item]) -> Path:
         "source": pa.array([item.source for item in items]),
         "question": pa.array(asked, pa.string()),
         "ori_question": pa.array([item.question for item in items]),
-        "original_answer": pa.array([f"The answer follows from the picture: {item.answer}" for item in items]),
+        "original_answer": pa.array([item.answer for item in items]),
         "answer": pa.array([item.answer for item in items]),
         "image": pa.array([{"bytes": _image_of(item), "path": None} for item in items], image),
     }

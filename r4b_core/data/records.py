@@ -99,6 +99,8 @@ class Teacher:
     logprobs: list[list[float]]
 
 
+BATCH_BYTES = 32 * 2**20
+
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _TEXTS = (
     *("id", "source", "question", "answer", "original_question", "original_answer", "caption", "response"),
@@ -172,18 +174,24 @@ def write_records(path: str | Path, records: Sequence[Record], row_group: int = 
 
 
 def read_records(path: str | Path, batch: int = 256) -> Iterator[Record]:
-    """The records of a Parquet file, a batch in memory at a time.
+    """The records of a Parquet file, a batch in memory at a time: fewer where they are large.
 
     Raises:
-        ValueError: if the file is no Parquet file, is cut off, or lacks a column.
+        ValueError: if the file is no Parquet file, is cut off or damaged, or lacks a column.
     """
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
     with file:
-        for rows in file.iter_batches(batch_size=batch, columns=SCHEMA.names):
-            yield from from_table(rows)
+        try:
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                size = max(1, min(batch, BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
+                for rows in file.iter_batches(size, row_groups=[group], columns=SCHEMA.names, use_threads=False):
+                    yield from from_table(rows)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: is damaged ({error})") from error
 
 
 class ResponseError(ValueError):
@@ -271,7 +279,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         exif.load(image.info.get("exif") or b"")
         turned = exif.get(_ORIENTATION) in _LYING
     except Exception as error:  # Pillow raises a dozen kinds on damaged headers
-        raise ImageError(f"not a {', '.join(IMAGE_FORMATS)} image with a sound header ({error})") from error
+        raise ImageError(f"not a {', '.join(IMAGE_FORMATS)} image with a sound header") from error
     width, height = image.size
     return (width, height) if turned else (height, width)
 

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints from and to Hugging Face's format.")
 
@@ -54,13 +57,13 @@ def to_megatron(
     if source is not None:
         from r4b_core.models.convert import to_megatron
 
-        with progress("to-megatron") as on_progress:
+        with progress() as on_progress:
             model = to_megatron(source, to, on_progress=on_progress)
     else:
         from r4b_core.models.convert.parts import from_parts
 
         assert vision is not None and language is not None
-        with progress("from-parts") as on_progress:
+        with progress() as on_progress:
             model = from_parts(
                 vision, language, to, seed=seed, dtype=dtype.value if dtype else None, on_progress=on_progress
             )
@@ -91,22 +94,29 @@ def to_hf(
     checkpoint, recipe = locate(source)
     model = read_recipe(recipe)
     folder = find_like(recipe.parent, model, like)
-    with progress("to-hf") as on_progress:
+    with progress() as on_progress:
         to_huggingface(checkpoint, model, folder, to, shard_bytes=int(shard_size * 1e9), on_progress=on_progress)
     say(f"{to}: {model.family}, size {model.size}, configuration and tokenizer of {folder}")
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on standard error; nothing where that is not a terminal."""
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that is done, on standard error; nothing where that is not a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    columns = TextColumn("{task.description:<9}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[size]}")
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            size = f"{total / 1e9:.2f} GB" if what == "writing" else f"{total} files"
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, size=size)
+            bar.update(tasks[what], completed=done, total=total, size=size)
+
+        yield on_progress
 
 
 def _as_yaml(value: object) -> str:

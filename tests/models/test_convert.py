@@ -176,13 +176,15 @@ def test_a_trained_checkpoint_takes_its_configuration_from_elsewhere(tmp_path: P
 
 def test_what_the_model_does_not_use_is_carried_along(tmp_path: Path) -> None:
     """A vision tower of three layers, of which the last is not looked at, with its pooling head."""
-    theirs = write_theirs(tmp_path / "theirs", "r4b")
+    theirs = write_theirs(tmp_path / "theirs", "r4b", dtype=torch.bfloat16)
 
     def add_layer(tensors: dict[str, Tensor]) -> None:
         for name, value in list(tensors.items()):
             if ".encoder.layers.1." in name:
                 tensors[name.replace(".layers.1.", ".layers.2.")] = value + 1
-        tensors["model.vision_tower.head.probe"] = torch.randn(1, 1, 24)
+        # Of other types, and before them an odd number of bytes.
+        tensors["model.vision_tower.head.flag"] = torch.tensor([True, False, True])
+        tensors["model.vision_tower.head.probe"] = torch.randn(1, 1, 23, dtype=torch.float64)
         tensors["model.vision_tower.embeddings.position_ids"] = torch.arange(16)[None]
 
     rewrite(theirs, add_layer)

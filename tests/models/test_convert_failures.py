@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from r4b_core.models.convert import ConversionError, files, find_like, read_config, to_huggingface, to_megatron
-from r4b_core.models.convert.files import Stream, workplace
+from r4b_core.models.convert.files import OnProgress, Stream, workplace
 from r4b_core.parallel.manifest import CheckpointError
 from r4b_core.telemetry.locate import locate
 from tests.models.convert_cases import all_tensors, edit_config, no_disk_waits, rewrite, write_theirs  # noqa: F401
@@ -77,6 +77,14 @@ def test_types_that_models_do_not_have(theirs: Path) -> None:
 def test_a_head_that_should_be_the_embeddings_and_is_not(theirs: Path) -> None:
     edit_config(theirs, lambda config: config.update(tie_word_embeddings=True))
     refused(theirs, "lm_head.weight: differs from model.language_model.embed_tokens.weight")
+
+
+def test_a_head_of_nothing_but_nans_equals_itself(theirs: Path) -> None:
+    table = torch.full((64, 48), float("nan"))
+    edit_config(theirs, lambda config: config.update(tie_word_embeddings=True))
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    rewrite(theirs, lambda tensors: tensors.update({name: table.clone() for name in names}))
+    to_megatron(theirs, theirs.parent / "megatron")
 
 
 def first_shard(folder: Path) -> Path:
@@ -224,12 +232,17 @@ def identities(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def killed_after(count: int, work: Callable[[Callable[[int, int], None]], Any]) -> None:
+def killed_after(count: int, work: Callable[[OnProgress], Any]) -> None:
     """Do ``work`` in a child that kills itself when that many bytes were written."""
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "writing" and done >= count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     child = os.fork()
     if not child:
         try:
-            work(lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done >= count else None)
+            work(kill)
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the work was over before it could be killed"
@@ -240,21 +253,21 @@ def test_kill_and_go_on(direction: str, theirs: Path, tmp_path: Path) -> None:
     """Killed at several places and started again: finished parts stay as they are, and the result is the same."""
     if direction == "to-megatron":
 
-        def work(target: Path, on_progress: Callable[[int, int], None] | None = None) -> Any:
+        def work(target: Path, on_progress: OnProgress | None = None) -> Any:
             return to_megatron(theirs, target, part_bytes=60_000, on_progress=on_progress)
 
         parts = "**/*.distcp"
     else:
         to_megatron(theirs, tmp_path / "megatron")
 
-        def work(target: Path, on_progress: Callable[[int, int], None] | None = None) -> Any:
+        def work(target: Path, on_progress: OnProgress | None = None) -> Any:
             return export(tmp_path / "megatron", target, shard_bytes=60_000, on_progress=on_progress)
 
         parts = "*.safetensors"
     seen: list[tuple[int, int]] = []
     # The name of the folder is written into a recipe.
     target = tmp_path / "out"
-    work(target, lambda done, total: seen.append((done, total)))
+    work(target, lambda what, done, total: seen.append((done, total)) if what == "writing" else None)
     want = contents(target)
     total = seen[-1][0]
     assert len(list(target.glob(parts))) >= 5 and all(
@@ -279,6 +292,28 @@ def test_kill_and_go_on(direction: str, theirs: Path, tmp_path: Path) -> None:
     before = target.stat().st_mtime_ns
     work(target)
     assert target.stat().st_mtime_ns == before, "a finished conversion was done again"
+
+
+def test_stopped_before_the_folder_got_its_name(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is written, the index as the last of it; the next start names it."""
+    to_megatron(theirs, tmp_path / "megatron")
+    target, rename = tmp_path / "out", os.rename
+
+    def stop(old: Path, new: Path) -> None:
+        if new == target:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(tmp_path / "megatron", target, shard_bytes=60_000)
+    content = tmp_path / "out.partial" / "content"
+    newest = max(content.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == INDEX and not target.exists()
+    want = contents(content)
+    export(tmp_path / "megatron", target, shard_bytes=60_000)
+    assert contents(target) == want and not (tmp_path / "out.partial").exists()
 
 
 def test_what_was_begun_with_another_source_is_not_gone_on_with(theirs: Path, tmp_path: Path) -> None:

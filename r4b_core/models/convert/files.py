@@ -43,7 +43,8 @@ COMPANIONS = (
 )
 _MOST_COMPANION_BYTES = 1 << 28
 
-OnProgress = Callable[[int, int], None]
+# What is being done ("checking" files, "writing" bytes), how much of it is done, and how much there is.
+OnProgress = Callable[[str, int, int], None]
 
 
 class Stream:
@@ -132,7 +133,7 @@ class Workplace:
     def _advance(self, count: int) -> None:
         self.done += count
         if self._on_progress is not None:
-            self._on_progress(self.done, max(self.total, self.done))
+            self._on_progress("writing", self.done, max(self.total, self.done))
 
     def publish(self, last: Mapping[str, Any] | None = None) -> None:
         """Write the record and the files of ``last`` (JSON), make all durable, and give the folder its name."""

@@ -26,6 +26,9 @@ from r4b_core.models.families import resolve
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 FAMILIES = ("r4b", "qwen3_vl")
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+# Bytes of a value, by type; what the model does not use may be of any of them.
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _COMPARED_ROWS = 4096
 
@@ -282,6 +285,9 @@ def check_tensors(
             problems.append(f"{name}: expected the type {dtype} of most tensors, found {entry.dtype}")
         elif entry.dtype not in DTYPES:
             problems.append(f"{name}: the type {entry.dtype} is neither F32 nor BF16")
+    problems += [
+        f"{name}: the type {entry.dtype} is not known" for name, entry in unused.items() if entry.dtype not in BYTES
+    ]
     for name, entry in entries.items():
         if name in expected or name in unused:
             continue
@@ -305,8 +311,10 @@ def _common_dtype(dtypes: list[str]) -> str:
 def _equal(one: Entry, other: Entry) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    count = one.shape[0]
+    if one.dtype not in DTYPES or len(one.shape) != 2:
+        return False
+    # Bit by bit, so that a value that is not a number equals itself.
     return all(
-        torch.equal(one.rows(start, start + _COMPARED_ROWS), other.rows(start, start + _COMPARED_ROWS))
-        for start in range(0, count, _COMPARED_ROWS)
+        torch.equal(*(x.rows(start, start + _COMPARED_ROWS).view(torch.uint8) for x in (one, other)))
+        for start in range(0, one.shape[0], _COMPARED_ROWS)
     )

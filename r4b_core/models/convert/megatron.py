@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from r4b_core.models.convert.files import Stream
+from r4b_core.models.convert.files import OnProgress, Stream
 from r4b_core.models.convert.rules import Rule
 from r4b_core.models.convert.settings import ConversionError
 from r4b_core.parallel import manifest
@@ -91,11 +91,15 @@ class TorchDist:
         ConversionError, CheckpointError: the folder is incomplete or was altered, or is of another model.
     """
 
-    def __init__(self, folder: Path, rules: Sequence[Rule]) -> None:
+    def __init__(self, folder: Path, rules: Sequence[Rule], on_progress: OnProgress | None = None) -> None:
         self.folder = folder
         self.facts = manifest.read(folder)
-        if damage := manifest.find_damage(folder, self.facts):
-            raise ConversionError(damage)
+        count = len(self.facts["files"])
+        for number in range(count):
+            if damage := manifest.find_damage(folder, self.facts, number, count):
+                raise ConversionError(damage)
+            if on_progress is not None:
+                on_progress("checking", number + 1, count)
         self.metadata = read_metadata(folder)
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: entry

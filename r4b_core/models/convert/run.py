@@ -18,6 +18,7 @@ from r4b_core.config.recipe import ModelConfig, Recipe
 from r4b_core.models.convert import files, megatron
 from r4b_core.models.convert.files import OnProgress, Stream, tensor_bytes
 from r4b_core.models.convert.huggingface import (
+    BYTES,
     CONFIG,
     INDEX,
     SINGLE,
@@ -102,15 +103,15 @@ def write_megatron(making: Making, target: Path, part_bytes: int, on_progress: O
             name: sum(rule.numel * dtype.itemsize + megatron.OVERHEAD for rule in rules)
             for name, rules in groups.items()
         }
-        unused = [(name, entry.dtype, entry.shape, [entry]) for name, entry in making.unused.items()]
-        sizes[UNUSED] = sum(_bytes(kind, shape) for _, kind, shape, _ in unused)
+        unused = [_entry_group(name, entry) for name, entry in making.unused.items()]
+        sizes[UNUSED] = sum(group.size for group in unused)
         place.expect(sizes)
         facts = {
             name: place.part(name, partial(megatron.write_rules, rules=rules, read=making.read, dtype=dtype))
             for name, rules in groups.items()
         }
         if unused:
-            place.part(UNUSED, partial(_write_safetensors, groups=[_Group(unused, _read_entries)]))
+            place.part(UNUSED, partial(_write_safetensors, groups=unused))
         metadata = megatron.contents(
             making.rules, {Path(name).name: fact["extra"] for name, fact in facts.items()}, dtype
         )
@@ -170,15 +171,9 @@ def to_huggingface(
             "same model with --like"
         )
     rules = module.rules(shape)
-    source = megatron.TorchDist(checkpoint, rules)
+    source = megatron.TorchDist(checkpoint, rules, on_progress)
     dtype = _NAMES[source.dtype]
-    groups = [
-        _Group(
-            [(name, dtype, dims, None) for name, dims in rule.theirs.items()],
-            partial(_split, rule=rule, source=source),
-        )
-        for rule in rules
-    ]
+    groups = [_Group(rule.theirs, dtype, partial(_split, rule, source)) for rule in rules]
     groups += _unused_groups(like, module, config, shape, dtype)
     companions = {path.name: path.read_bytes() for path in files.companions(like)}
     companions[CONFIG] = _with_dtype(companions[CONFIG], config, source.dtype)
@@ -234,47 +229,49 @@ def find_like(run: Path, model: ModelConfig, like: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class _Group:
-    """Tensors (name, type, shape, whatever ``make`` needs) that are made together and lie in one file."""
+    """Tensors (names and shapes) of one type that are made together and lie in one file."""
 
-    tensors: Sequence[tuple[str, str, Shape, Any]]
-    make: Callable[[Sequence[tuple[str, str, Shape, Any]]], Iterator[Tensor]]
+    tensors: Mapping[str, Shape]
+    dtype: str
+    make: Callable[[], Iterator[Tensor]]
 
     @property
     def names(self) -> list[str]:
-        return [name for name, *_ in self.tensors]
+        return list(self.tensors)
 
     @property
     def size(self) -> int:
-        return sum(_bytes(dtype, shape) for _, dtype, shape, _ in self.tensors)
+        return sum(_bytes(self.dtype, shape) for shape in self.tensors.values())
+
+
+def _entry_group(name: str, entry: Entry) -> _Group:
+    def read() -> Iterator[Tensor]:
+        yield entry.read()
+
+    return _Group({name: entry.shape}, entry.dtype, read)
+
+
+def _split(rule: Rule, source: megatron.TorchDist) -> Iterator[Tensor]:
+    yield from rule.split(source.read(rule)).values()
 
 
 def _write_safetensors(stream: Stream, groups: Sequence[_Group]) -> None:
+    # Wider types first: every value lies at a multiple of its size.
+    groups = sorted(groups, key=lambda group: -BYTES[group.dtype])
     entries = [
-        (name, dtype, shape, _bytes(dtype, shape)) for group in groups for name, dtype, shape, _ in group.tensors
+        (name, group.dtype, shape, _bytes(group.dtype, shape))
+        for group in groups
+        for name, shape in group.tensors.items()
     ]
     stream.write(files.safetensors_header(entries))
     for group in groups:
-        for (name, dtype, shape, _), tensor in zip(group.tensors, group.make(group.tensors), strict=True):
-            assert tuple(tensor.shape) == shape and tensor.nbytes == _bytes(dtype, shape), name
+        for (name, shape), tensor in zip(group.tensors.items(), group.make(), strict=True):
+            assert tuple(tensor.shape) == shape and tensor.nbytes == _bytes(group.dtype, shape), name
             stream.write(tensor_bytes(tensor))
 
 
 def _write_bytes(stream: Stream, data: bytes) -> None:
     stream.write(data)
-
-
-def _split(_: Any, rule: Rule, source: megatron.TorchDist) -> Iterator[Tensor]:
-    yield from rule.split(source.read(rule)).values()
-
-
-def _given(tensors: Iterable[tuple[str, str, Shape, Any]]) -> Iterator[Tensor]:
-    for *_, (value,) in tensors:
-        yield value
-
-
-def _read_entries(tensors: Iterable[tuple[str, str, Shape, Any]]) -> Iterator[Tensor]:
-    for *_, (entry,) in tensors:
-        yield entry.read()
 
 
 def _unused_groups(like: Path, module: Any, config: Mapping[str, Any], shape: Any, dtype: str) -> list[_Group]:
@@ -285,9 +282,7 @@ def _unused_groups(like: Path, module: Any, config: Mapping[str, Any], shape: An
     else:
         entries, _ = open_weights(like, module.canonical)
         found = {name: entry for name, entry in entries.items() if module.is_unused(name, shape)}
-    groups = [
-        _Group([(name, entry.dtype, entry.shape, [entry])], _read_entries) for name, entry in sorted(found.items())
-    ]
+    groups = [_entry_group(name, entry) for name, entry in sorted(found.items())]
     for name, (dims, fill) in module.beyond(config, shape).items():
         if name in found and found[name].shape != dims:
             problems.append(f"{name}: expected {list(dims)}, found {list(found[name].shape)}")
@@ -295,7 +290,7 @@ def _unused_groups(like: Path, module: Any, config: Mapping[str, Any], shape: An
             problems.append(f"{name}: missing")
         elif name not in found:
             value = torch.full(dims, fill, dtype=next(key for key, kind in _NAMES.items() if kind == dtype))
-            groups.append(_Group([(name, dtype, dims, [value])], _given))
+            groups.append(_Group({name: dims}, dtype, partial(iter, [value])))
     if problems:
         raise ConversionError(
             f"{like / CONFIG} describes tensors that the model does not use and that are not in {like}, so they cannot "
@@ -340,5 +335,4 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _bytes(dtype: str, shape: Shape) -> int:
-    bits = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}.get(dtype) or int("".join(c for c in dtype if c.isdigit()))
-    return prod(shape) * bits // 8
+    return prod(shape) * BYTES[dtype]

@@ -21,7 +21,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +31,6 @@ import pyarrow.parquet as pq
 from r4b_core.config.load import fingerprint
 from r4b_core.curate.stage import Drop, Outcome
 from r4b_core.data.records import SCHEMA, Record, read_records, to_table
-from r4b_core.telemetry.files import sync_folder, write_atomic
 
 FORMAT = 1
 STAGE_FILE = "stage.json"
@@ -191,9 +190,13 @@ class PartitionWriter:
         self._attached: dict[str, bytes] = {}
         self._waiting: list[Record] = []
         self._waiting_bytes = 0
-        self._records = _create(self._aside[".parquet"])
-        self._dropped = _create(self._aside[".dropped.jsonl"])
-        self._parquet = pq.ParquetWriter(self._records, SCHEMA, compression="zstd")
+        self._open = ExitStack()
+        try:
+            self._records, self._dropped = (self._open.enter_context(_create(path)) for path in self._aside.values())
+            self._parquet = self._open.enter_context(pq.ParquetWriter(self._records, SCHEMA, compression="zstd"))
+        except BaseException:
+            self.abort()
+            raise
 
     def add(self, read: int, outcome: Outcome) -> None:
         """Take ``read`` records of the input as done: what was kept, in order, and what was let go."""
@@ -217,13 +220,13 @@ class PartitionWriter:
         for file in (self._records, self._dropped):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
+        self._open.close()
         output = {"bytes": self._aside[".parquet"].stat().st_size, "digest": digest(self._aside[".parquet"])}
         for suffix, aside in self._aside.items():
             os.replace(aside, self._folder / f"{self._partition.name}{suffix}")
         for suffix, data in self._attached.items():
-            write_atomic(self._folder / f"{self._partition.name}{suffix}", data)
-        sync_folder(self._folder)
+            _write_whole(self._folder / f"{self._partition.name}{suffix}", data)
+        _sync_folder(self._folder)
         sidecar = {
             "format": FORMAT,
             "counts": self.counts.to_json(),
@@ -231,15 +234,12 @@ class PartitionWriter:
             "fingerprint": self._fingerprint,
             "output": output,
         }
-        write_atomic(self._folder / f"{self._partition.name}.json", json.dumps(sidecar, indent=1, ensure_ascii=False))
+        _write_whole(self._folder / f"{self._partition.name}.json", json.dumps(sidecar, indent=1, ensure_ascii=False))
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        for close in (self._parquet.close, self._records.close, self._dropped.close):
-            try:
-                close()
-            except (OSError, ValueError):  # the disk is full: closing flushes, and fails as the write did
-                pass
+        with suppress(OSError, ValueError):  # the disk is full: closing flushes, and fails as the write did
+            self._open.close()
         for aside in self._aside.values():
             aside.unlink(missing_ok=True)
 
@@ -342,7 +342,7 @@ def open_stage(
         for partition in store.partitions:
             if store.is_finished(partition):
                 _check_sidecar(folder / f"{partition.name}.json", partition, store.fingerprint)
-        write_atomic(folder / STAGE_FILE, json.dumps(wanted, indent=1, ensure_ascii=False))
+        _write_whole(folder / STAGE_FILE, json.dumps(wanted, indent=1, ensure_ascii=False))
         try:
             yield store
         finally:
@@ -397,8 +397,9 @@ def _clear(folder: Path) -> None:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed writers left."""
-    for leftover in folder.glob(".part-*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for pattern in (".part-*.tmp", f".{STAGE_FILE}.*.tmp"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def _compare(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -457,6 +458,29 @@ def _line(drop: Drop) -> bytes:
 
 def _create(path: Path) -> BinaryIO:
     return path.open("wb")
+
+
+def _write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file aside, sync it, rename it, and sync its folder."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _create(aside) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

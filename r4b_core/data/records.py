@@ -19,9 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from r4b_core.data.chat import escape
 from r4b_core.data.images import IMAGE_FORMATS, ImageError, open_image
-from r4b_core.data.processing import PromptError
 from r4b_core.data.schema import Sample
 from r4b_core.modes import BLANK_LINE, FORCED_TEXT, NEWLINE, THINK_CLOSE, THINK_OPEN, TURN_END, Mode
 
@@ -210,6 +208,8 @@ def to_sample(record: Record, *, images: bool = True, response: bool = True) -> 
         ImageError: if an image cannot be opened safely.
         ResponseError: if the response is of no known shape.
     """
+    from r4b_core.data.processing import PromptError  # torch stays out of the data engine's worker processes
+
     if not record.question:
         raise PromptError("there is no question")
     rate = record.pass_rate
@@ -243,6 +243,8 @@ def training_response(response: str, mode: str | None = None) -> tuple[str, Mode
     Raises:
         ResponseError: another shape, or a thinking response without reasoning.
     """
+    from r4b_core.data.chat import escape
+
     if mode not in (None, Mode.THINKING, Mode.DIRECT):
         raise ResponseError(f"mode is {mode!r}: thinking and direct can be trained")
     text = response.strip().removesuffix(TURN_END)

@@ -29,7 +29,7 @@ def plan(
     gpu: Annotated[Literal["h100", "h200"], typer.Option(help="Which.")] = "h100",
     recompute: Annotated[
         Literal["auto", "none", "selective", "full"] | None,
-        typer.Option(help="What the backward recomputes; auto tries all. (default: what the trainer can do)"),
+        typer.Option(help="What the backward recomputes; auto tries all. (default: the recipe's, else auto)"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Plan another model's shape, such as qwen3_vl-8b.")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a sample (BPO: of a prompt), mean.")] = 256,
@@ -47,17 +47,21 @@ def plan(
     from r4b_core.config.load import load_recipe
     from r4b_core.plan.machine import GPUS
     from r4b_core.plan.recipe import Assumptions, model_shape, named_shape, stage_plans
-    from r4b_core.plan.search import check_gpus, check_recipe_layout, search
+    from r4b_core.plan.search import check_gpus, check_recipe_layout, interleavings, search
+    from r4b_core.plan.work import RECOMPUTE
 
     machine = GPUS[gpu]
     check_gpus(gpus, machine)
-    read = load_recipe(recipe, overrides or ()).recipe
+    resolved = load_recipe(recipe, overrides or ())
+    read = resolved.recipe
+    given = {key: resolved.origins[f"parallel.{key}"] != "default" for key in ("recompute", "virtual_stages")}
     shape = named_shape(model) if model else model_shape(read.model)
     check_recipe_layout(read, shape, machine)
     assumed = Assumptions(text_tokens, images, patches, response_tokens)
     stages = stage_plans(read, shape, assumed)
-    modes = recompute_modes(recompute)
-    made = search(shape, stages, gpus, machine, modes)
+    mode = recompute or (read.parallel.recompute if given["recompute"] else "auto")
+    chunks = interleavings(shape, read.parallel.virtual_stages if given["virtual_stages"] else None)
+    made = search(shape, stages, gpus, machine, RECOMPUTE if mode == "auto" else (mode,), chunks)
 
     out = console()
     _header(out, read.name, shape, stages, assumed, gpus, machine)
@@ -66,24 +70,16 @@ def plan(
         _time(out, made.fitting[0], stages)
         _ranking(out, made.fitting, stages, top)
     _others(out, made, machine, top)
-    if modes != recompute_modes(None):
-        out.print("[yellow]recompute was asked for here; what the trainer can run is another matter: r4b show[/]")
-    elif len(modes) == 1:
-        out.print(f"[dim]recompute {modes[0]}, which is what the trainer runs; --recompute auto asks what if[/]")
+    if recompute not in (None, read.parallel.recompute):
+        out.print(f"[yellow]the recipe says parallel.recompute = {read.parallel.recompute}; this plan asks what if[/]")
+    elif mode != "auto":
+        out.print(f"[dim]parallel.recompute = {mode}, as the recipe says; --recompute auto asks what if[/]")
+    if given["virtual_stages"]:
+        out.print(f"[dim]parallel.virtual_stages = {read.parallel.virtual_stages} in pipelines, as the recipe says[/]")
     out.print(f"[dim]{UNMEASURED}[/]")
     if not made.fitting:
         _nothing_fits(out, made, machine)
         raise typer.Exit(1)
-
-
-def recompute_modes(asked: str | None) -> tuple:
-    """The modes to try: the asked one, all for auto, and by default those that the trainer can run."""
-    from r4b_core.config.recipe import ParallelConfig
-    from r4b_core.plan.work import RECOMPUTE
-
-    if asked in RECOMPUTE:
-        return (asked,)
-    return RECOMPUTE if asked == "auto" or "recompute" in ParallelConfig.model_fields else ("none",)
 
 
 def _header(

@@ -10,7 +10,7 @@ from r4b_core.plan import machine
 from r4b_core.plan.machine import GPU
 from r4b_core.plan.memory import DECODE_BATCH, stage_parameters, trained_parameters
 from r4b_core.plan.shapes import ModelShape
-from r4b_core.plan.work import Execution, Layout, Work, forward_flops, step_flops
+from r4b_core.plan.work import Execution, Layout, Work, filled_micro_batches, forward_flops, step_flops
 
 # Bytes that move per logit around the head's products: written and read in float32, the gradient in half precision.
 FUSED_LOGIT_BYTES = 16
@@ -37,7 +37,8 @@ def step_time(shape: ModelShape, layout: Layout, execution: Execution, work: Wor
     stages = [_micro_batch(shape, layout, execution, work, gpu, stage) for stage in range(layout.pp)]
     slowest = max(stages, key=_total)
     compute = _total(slowest)
-    parts = {name: seconds * work.micro_batches for name, seconds in slowest.items()}
+    count = filled_micro_batches(layout, work.micro_batches)
+    parts = {name: seconds * count for name, seconds in slowest.items()}
     parts["bubble"] = (sum(map(_total, stages)) - compute) / layout.interleave
     parts["data parallel"] = _data_parallel(shape, layout, execution, work, gpu, compute)
     parts["optimizer"] = _optimizer(shape, layout, execution, gpu)
@@ -51,9 +52,7 @@ def step_time(shape: ModelShape, layout: Layout, execution: Execution, work: Wor
     if work.scored:
         forward = [_micro_batch(shape, layout, execution, work, gpu, stage, False) for stage in range(layout.pp)]
         longest = max(map(_total, forward))
-        parts["scoring"] = work.scored * (
-            longest * work.micro_batches + (sum(map(_total, forward)) - longest) / layout.interleave
-        )
+        parts["scoring"] = work.scored * (longest * count + (sum(map(_total, forward)) - longest) / layout.interleave)
     if work.responses:
         parts["rollouts"] = _rollouts(shape, layout, execution, work, gpu)
     return StepTime({name: seconds for name, seconds in parts.items() if seconds > 0})

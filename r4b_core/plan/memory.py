@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from r4b_core.plan.machine import FRAGMENTATION, GPU, RESERVED_BYTES
 from r4b_core.plan.shapes import Decoder, ModelShape, Vision
-from r4b_core.plan.work import Execution, Layout, Recompute, Work
+from r4b_core.plan.work import Execution, Layout, Recompute, Work, filled_micro_batches
 
 # The fused head holds one chunk of float32 logits (r4b_kernels.head_chunks) and its half-precision gradient.
 HEAD_CHUNK_BYTES = 1.5 * 2**30
@@ -98,6 +98,24 @@ def trained_parameters(shape: ModelShape, layout: Layout, execution: Execution, 
     return sum(count for part, count in parts.items() if trains.get(part, execution.train_decoder))
 
 
+def alive_micro_batches(layout: Layout, micro_batches: int, stage: int) -> tuple[float, int]:
+    """Micro-batches whose activations a stage holds at most: of all its layers (on average), and of its first chunk.
+
+    1F1B holds as many as there are stages from this one on. Interleaved (Narayanan et al., 2021, section 2.2), a stage
+    has 2 (pp - stage - 1) + (vp - 1) pp + 1 chunks forward before the first one goes backward, in rounds of pp
+    micro-batches a chunk.
+    """
+    if layout.interleave == 1:
+        alive = min(micro_batches, layout.pp - stage)
+        return float(alive), alive
+    total = filled_micro_batches(layout, micro_batches) * layout.interleave
+    others = (layout.interleave - 1) * layout.pp
+    ahead = 2 * (layout.pp - stage - 1) + others + 1
+    # The first chunk goes backward last: a round of all the others before it, each with one more forward.
+    rounds, rest = divmod(min(total, ahead + others), layout.pp * layout.interleave)
+    return min(total, ahead) / layout.interleave, rounds * layout.pp + min(layout.pp, rest)
+
+
 def stage_memory(shape: ModelShape, layout: Layout, execution: Execution, work: Work, stage: int) -> Memory:
     decoder, vision = shape.decoder, shape.vision
     parameters = sum(stage_parameters(shape, layout, stage).values())
@@ -117,13 +135,11 @@ def stage_memory(shape: ModelShape, layout: Layout, execution: Execution, work: 
     scale = execution.width / 2
     tokens = work.tokens / layout.cp
     layers = decoder.num_layers / layout.pp
-    # 1F1B keeps pp - stage micro-batches alive; interleaving keeps a share of (pp - 1) / (pp vp) more.
-    alive = min(work.micro_batches, layout.pp - stage)
-    penalty = 1 + (layout.pp - 1) / (layout.pp * layout.interleave) if layout.interleave > 1 else 1.0
+    alive, seen = alive_micro_batches(layout, work.micro_batches, stage)
     kept = layer_bytes(decoder, execution.recompute, layout.tp, layout.sequence_parallel)
     working = layer_bytes(decoder, "none", layout.tp, layout.sequence_parallel)
     # The layer under work holds all its activations and about as many gradients of them.
-    activations = scale * tokens * (kept * layers * alive * penalty + 2 * working)
+    activations = scale * tokens * (kept * layers * alive + 2 * working)
 
     head = 0.0
     if stage == layout.pp - 1 and work.loss_rows:
@@ -135,7 +151,7 @@ def stage_memory(shape: ModelShape, layout: Layout, execution: Execution, work: 
 
     sight = 0.0
     if vision is not None and stage == 0 and work.patches:
-        depth = vision.num_layers * alive if execution.train_vision else 0
+        depth = vision.num_layers * seen if execution.train_vision else 0
         per_patch = vision_layer_bytes(vision, execution.recompute, layout.tp) * depth
         per_patch += 2 * vision_layer_bytes(vision, "none", layout.tp)
         visual = (vision.projectors * (vision.middle + vision.output_size) * 2 * 2) / vision.merge

@@ -14,6 +14,9 @@ from r4b_core.plan.recipe import StagePlan
 from r4b_core.plan.shapes import ModelShape
 from r4b_core.plan.work import Layout, Recompute
 
+# Chunks of a stage that are tried: each one more message per micro-batch and stage for a smaller share of the bubble.
+MOST_CHUNKS = 6
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -53,11 +56,31 @@ def _indivisible(setting: str, value: int, number: int, what: str) -> str | None
     )
 
 
+def _chunks(layout: Layout, shape: ModelShape) -> str | None:
+    """What the chunks of stages need; the stages themselves divide the layers."""
+    layers, chunks = shape.decoder.num_layers, layout.pp * layout.interleave
+    if layout.interleave > 1 and layout.pp == 1:
+        return f"parallel.virtual_stages = {layout.interleave}: interleaves pipeline stages, pp is 1; the nearest is 1"
+    if layers % chunks:
+        within = layers // layout.pp
+        return _indivisible("parallel.virtual_stages", layout.interleave, within, f"layers of a stage (pp {layout.pp})")
+    needed = shape.vision.deepstack if shape.vision else 0
+    if layers // chunks < needed:
+        allowed = [d for d in divisors(layers) if layers // d >= needed]
+        setting = "parallel.pp * virtual_stages" if layout.interleave > 1 else "parallel.pp"
+        return (
+            f"{setting} = {chunks}: the first part has {layers // chunks} of {layers} layers, and DeepStack adds to "
+            f"the first {needed}, which must lie with the vision tower; the nearest possible is "
+            f"{nearest(chunks, allowed)}"
+        )
+    return None
+
+
 def problems(layout: Layout, shape: ModelShape, capacity: int, gpu: GPU) -> list[str]:
     """Why a layout cannot be, whatever the memory: setting, value, rule and nearest choice, one string each."""
     decoder, vision = shape.decoder, shape.vision
     found = [
-        _indivisible("parallel.pp", layout.pp, decoder.num_layers, "layers of the decoder"),
+        _indivisible("parallel.pp", layout.pp, decoder.num_layers, "layers of the decoder") or _chunks(layout, shape),
         _indivisible("parallel.tp", layout.tp, decoder.num_heads, "attention heads"),
         _indivisible("parallel.tp", layout.tp, decoder.num_kv_heads, "key-value heads"),
         _indivisible("parallel.tp", layout.tp, decoder.vocab_size, "entries of the vocabulary"),
@@ -101,13 +124,19 @@ def check_recipe_layout(recipe: Recipe, shape: ModelShape, gpu: GPU) -> Layout:
         RecipeError: it is impossible for this model on any number of GPUs.
     """
     parallel = recipe.parallel
-    own = Layout(parallel.tp, parallel.pp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
+    own = Layout(
+        parallel.tp,
+        parallel.pp,
+        parallel.cp,
+        interleave=parallel.virtual_stages,
+        sequence_parallel=parallel.sequence_parallel,
+    )
     if found := problems(own, shape, recipe.packing.capacity, gpu):
         raise RecipeError(f"recipe {recipe.name}", found)
     return own
 
 
-def layouts(gpus: int, gpu: GPU) -> Iterator[Layout]:
+def layouts(gpus: int) -> Iterator[Layout]:
     """Every split of the GPUs, with sequence parallelism wherever there is tensor parallelism."""
     for tp in divisors(gpus):
         for pp in divisors(gpus // tp):
@@ -115,15 +144,34 @@ def layouts(gpus: int, gpu: GPU) -> Iterator[Layout]:
                 yield Layout(tp, pp, cp, gpus // (tp * pp * cp), sequence_parallel=tp > 1)
 
 
-def search(shape: ModelShape, stages: Sequence[StagePlan], gpus: int, gpu: GPU, recompute: Sequence[Recompute]) -> Plan:
-    """Rank all layouts by the time of the whole recipe; of each layout the fastest recompute mode that fits."""
+def interleavings(shape: ModelShape, asked: int | None) -> list[int]:
+    """Numbers of chunks to try: the one that is asked for, else all that may be possible."""
+    return [asked] if asked else [chunks for chunks in divisors(shape.decoder.num_layers) if chunks <= MOST_CHUNKS]
+
+
+def search(
+    shape: ModelShape,
+    stages: Sequence[StagePlan],
+    gpus: int,
+    gpu: GPU,
+    recompute: Sequence[Recompute],
+    interleave: Sequence[int] = (1,),
+) -> Plan:
+    """Rank all layouts by the time of the whole recipe.
+
+    Of each layout counts the recompute mode, and of pipelines the number of chunks, that is fastest among those that
+    fit.
+    """
     fitting, too_large, impossible = [], [], {}
     capacity = stages[0].capacity
-    for layout in layouts(gpus, gpu):
-        if found := problems(layout, shape, capacity, gpu):
-            impossible[str(layout)] = found[0]
+    for layout in layouts(gpus):
+        variants = [replace(layout, interleave=chunks) for chunks in interleave] if layout.pp > 1 else [layout]
+        found = {variant: problems(variant, shape, capacity, gpu) for variant in variants}
+        possible = [variant for variant in variants if not found[variant]]
+        if not possible:
+            impossible[str(layout)] = found[variants[0]][0]
             continue
-        made = [candidate(shape, stages, layout, gpu, mode) for mode in recompute]
+        made = [candidate(shape, stages, variant, gpu, mode) for variant in possible for mode in recompute]
         fits = [one for one in made if one.memory.fits(gpu)]
         if fits:
             fitting.append(min(fits, key=lambda one: one.hours))

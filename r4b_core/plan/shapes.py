@@ -95,6 +95,11 @@ class Vision:
     global_layers: int = 0
 
     @property
+    def deepstack(self) -> int:
+        """How many of the decoder's first layers it adds to: each has a projector of its own."""
+        return self.projectors - 1
+
+    @property
     def layer_matrices(self) -> int:
         return self.hidden_size * (4 * self.hidden_size + (3 if self.gated else 2) * self.ffn_hidden_size)
 

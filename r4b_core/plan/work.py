@@ -121,6 +121,11 @@ class Work:
         return self.micro_batches * self.tokens
 
 
+def filled_micro_batches(layout: Layout, count: int) -> int:
+    """Micro-batches that a pipeline runs: interleaving goes in rounds of pp, and fills the last one up."""
+    return -(-count // layout.pp) * layout.pp if layout.interleave > 1 else count
+
+
 def causal_pairs(tokens: float, length: float) -> float:
     """Pairs of ``tokens`` packed from sequences of ``length``."""
     return tokens * (length + 1) / 2

@@ -73,6 +73,16 @@ def test_wrong_values_are_exit_2_with_the_nearest_choice() -> None:
         assert message in result.stderr
 
 
+def test_what_the_recipe_says_is_planned() -> None:
+    given = ("parallel.recompute=selective", "parallel.pp=2", "parallel.virtual_stages=3")
+    told = plan(*REAL, *given).output
+    assert "parallel.recompute = selective, as the recipe says" in told
+    assert "parallel.virtual_stages = 3 in pipelines, as the recipe says" in told
+    assert "as the recipe says" not in plan(*REAL).output
+    what_if = plan(*REAL, *given, "--recompute", "full").output
+    assert "the recipe says parallel.recompute = selective; this plan asks what if" in what_if
+
+
 def test_recompute_is_tried_where_asked() -> None:
     large = (*REAL, "packing.capacity=32768", "anneal.batch_size=2048", "--gpus", "1", "--gpu", "h200")
     without = plan(*large, "--recompute", "none")

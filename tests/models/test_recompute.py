@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from r4b_core.models import recompute
 from r4b_core.models.families import build_model, resolve
 from r4b_core.parallel.names import has_prefix
 from tests.models import build, qwen3_vl_oracle
+from tests.models.kept import kept_bytes
 
 FAMILIES = {
     "r4b": ModelConfig(family="r4b", shape={**build.SMALL, "vision_num_layers": 3}),
@@ -37,55 +37,16 @@ def batch_of(family: str) -> PackedBatch:
     return batch
 
 
-class Kept:
-    """Counts the bytes of all storages that a forward pass keeps for the backward, weights aside."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.sizes: dict[int, int] = {}
-        self.alive: list[Tensor] = []
-
-    def count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-            self.alive.append(tensor)  # so that no address is given away twice
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes.values())
-
-
-@contextmanager
-def counting(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
-    kept, pack = Kept(model), recompute._Scope.pack
-
-    def counted(scope: recompute._Scope, tensor: Tensor) -> Any:
-        packed = pack(scope, tensor)
-        for part in [packed] if isinstance(packed, Tensor) else packed[0].inputs:
-            kept.count(part)
-        return packed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recompute._Scope, "pack", counted)
-        with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
-            yield kept
-
-
-def run(
-    family: str, mode: str, monkeypatch: pytest.MonkeyPatch, frozen: Sequence[str] = ()
-) -> tuple[Tensor, dict[str, Tensor | None], int]:
+def run(family: str, mode: str, frozen: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor | None], int]:
     """(loss, gradients, bytes kept) of one batch."""
     model = build_model(FAMILIES[family], ParallelConfig(recompute=mode), seed=1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(has_prefix(name, prefix) for prefix in frozen))
     batch = batch_of(family)
-    with counting(model, monkeypatch) as kept:
-        hidden = model(batch)
+    hidden, kept = kept_bytes(model, batch)
     loss, _, _ = sft_head(model, batch, hidden)
     loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}, kept.bytes
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}, kept
 
 
 FROZEN = {
@@ -99,12 +60,12 @@ FROZEN = {
 
 @pytest.mark.parametrize("frozen", list(FROZEN))
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_recomputation_changes_no_bit(family: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, truth, _ = run(family, "none", monkeypatch, FROZEN[frozen])
+def test_recomputation_changes_no_bit(family: str, frozen: str) -> None:
+    loss, truth, _ = run(family, "none", FROZEN[frozen])
     trained = {name for name, gradient in truth.items() if gradient is not None}
     assert trained == {name for name in truth if not any(has_prefix(name, prefix) for prefix in FROZEN[frozen])}
     for mode in ("selective", "full"):
-        again, gradients, _ = run(family, mode, monkeypatch, FROZEN[frozen])
+        again, gradients, _ = run(family, mode, FROZEN[frozen])
         assert torch.equal(again, loss)
         assert {name for name, gradient in gradients.items() if gradient is not None} == trained
         for name in trained:
@@ -112,8 +73,8 @@ def test_recomputation_changes_no_bit(family: str, frozen: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_less_is_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    none, selective, full = (run(family, mode, monkeypatch)[2] for mode in MODES)
+def test_less_is_kept(family: str) -> None:
+    none, selective, full = (run(family, mode)[2] for mode in MODES)
     print(f"{family}: {none} bytes kept, {selective / none:.2f} of them selectively, {full / none:.2f} fully")
     assert full < 0.6 * selective and selective < 0.8 * none
 

@@ -14,6 +14,7 @@ from r4b_core.plan.recipe import Assumptions, StagePlan, model_shape, named_shap
 from r4b_core.plan.search import (
     check_gpus,
     check_recipe_layout,
+    interleavings,
     layouts,
     nearest,
     problems,
@@ -36,7 +37,7 @@ def stages(**sections: Any) -> list[StagePlan]:
 
 
 def test_every_layout_uses_every_gpu_once() -> None:
-    found = list(layouts(8, H100))
+    found = list(layouts(8))
     assert len(found) == len(set(found)) == 20  # ordered triples of divisors of 2^3
     assert all(layout.gpus == 8 for layout in found)
 
@@ -57,6 +58,35 @@ def test_an_impossible_value_is_named_with_its_rule_and_the_nearest_choice(
 ) -> None:
     text = "\n".join(problems(layout, SHAPE, 32768, H100))
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(pp=4, interleave=2), ("parallel.virtual_stages = 2", "9 layers of a stage (pp 4)", "is 1")),
+        (Layout(interleave=2), ("parallel.virtual_stages = 2", "pp is 1", "is 1")),
+        (Layout(pp=18), ("parallel.pp = 18", "2 of 36 layers", "first 3", "nearest possible is 12")),
+        (Layout(pp=6, interleave=3), ("parallel.pp * virtual_stages = 18", "2 of 36 layers", "is 12")),
+    ],
+)
+def test_chunks_that_cannot_be(layout: Layout, words: tuple[str, ...]) -> None:
+    (text,) = problems(layout, SHAPE, 32768, H100)
+    assert all(word in text for word in words), text
+
+
+def test_a_recipes_recomputation_and_chunks_are_kept_to() -> None:
+    """Unless it names none: then everything is tried, and of each layout the fastest listed."""
+    parallel = {"pp": 2, "virtual_stages": 3, "recompute": "full"}
+    asked = recipe(parallel=parallel)
+    assert interleavings(SHAPE, 3) == [3]
+    assert check_recipe_layout(asked, SHAPE, H100) == Layout(pp=2, interleave=3)
+    made = search(SHAPE, stages(parallel=parallel), 8, H200, ("full",), [3])
+    assert {one.layout.interleave for one in made.fitting if one.layout.pp > 1} == {3}
+    assert {one.recompute for one in made.fitting} == {"full"}
+    assert interleavings(SHAPE, None) == [1, 2, 3, 4, 6]
+    tried = search(SHAPE, stages(), 8, H200, RECOMPUTE, interleavings(SHAPE, None))
+    assert len(tried.fitting) + len(tried.too_large) + len(tried.impossible) == 20
+    assert any(one.layout.interleave > 1 for one in tried.fitting)
 
 
 def test_tensor_parallelism_stays_within_a_node_and_capacity_splits() -> None:

@@ -16,8 +16,8 @@ from tests.models.processing_oracle import ByteTokenizer, photographs
 
 COUNTS = {"one": 1, "two": 2, "three": 3}
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3_vl": {"vocab_size": 320},
-    "r4b": {"vocab_size": 320, "patch_size": 8, "vision_grid": [3, 3]},
+    "qwen3_vl": {"vocab_size": 320, "num_layers": 2, "vision_num_layers": 2},
+    "r4b": {"vocab_size": 320, "patch_size": 8, "vision_grid": [3, 3], "num_layers": 1},
 }
 
 

@@ -119,13 +119,12 @@ def test_what_cannot_be_used_is_named(straight_of: dict[str, Path], family: str)
 
 PLACES: dict[str, list[dict[str, Any]]] = {
     "an annealing step": [{"at": "r4b_core.stages.supervised:Feed.next", "nth": 6}],
-    "between a step and its checkpoint": [{"at": "r4b_core.stages.job:Stage.save", "nth": 3}],
+    "between a step and its checkpoint": [{"at": "r4b_core.stages.job:Stage.save"}],
     "a distillation step": [
         {"at": "r4b_core.stages.run:distill"},
         {"at": "r4b_core.stages.supervised:Feed.next", "nth": 4},
     ],
-    "a BPO update": [{"at": "r4b_core.stages.bpo:pack", "nth": 2}],
-    "after a BPO checkpoint": [{"at": "r4b_core.stages.bpo:pack", "nth": 3}],
+    "a BPO update after a checkpoint": [{"at": "r4b_core.stages.bpo:pack", "nth": 3}],
 }
 
 

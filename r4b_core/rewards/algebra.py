@@ -66,6 +66,9 @@ class Value:
             total += coefficient * root * PI ** sum(exponent for _, exponent in letters)
         return total
 
+    def times(self, factor: Fraction) -> Value:
+        return self if factor == 1 else Value({key: coefficient * factor for key, coefficient in self.terms.items()})
+
     def __add__(self, other: Value) -> Value:
         terms = dict(self.terms)
         for key, coefficient in other.terms.items():
@@ -326,7 +329,7 @@ class _Parser:
 
 
 def _negative(value: Value) -> Value:
-    return Value({key: -coefficient for key, coefficient in value.terms.items()})
+    return value.times(Fraction(-1))
 
 
 def read_decimal(digits: str) -> Fraction:

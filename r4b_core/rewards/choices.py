@@ -18,7 +18,7 @@ _PREFIX = re.compile(
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Z])\]|([A-Za-z]))[.):]?")
 _LETTER_TEXT = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])(?:\s*[.):]|\s+[-=]\s))\s*(\S.*)", re.DOTALL)
 _TEXT_LETTER = re.compile(r"(.*\S)\s+\(([A-Z])\)", re.DOTALL)
-_SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?:\s*(?:,|;|/|&|\band\b|\bor\b)\s*)+\(?[A-Z]\)?)+")
+_SEVERAL = re.compile(r"\(?[A-Z]\)?(?:[\s,;/&]+(?:(?:and|or)\s+)?\(?[A-Z]\)?|\([A-Z]\))+")
 _RUN = re.compile(r"[A-J]{2,6}")
 
 Compare = Callable[[str, str], Verdict | None]

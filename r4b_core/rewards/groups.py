@@ -128,7 +128,7 @@ def compare_groups(answer: Group | None, gold: Group | None, question: str, comp
         permuted = _unordered(answer.items, gold.items, compare)
         if permuted is None or permuted.outcome is not Outcome.RIGHT:
             return permuted
-        if _TAKES_ALL.search(question) or _same_variable(answer.items, gold.items):
+        if _TAKES_ALL.search(question) or all("=" in item for item in (*answer.items, *gold.items)):
             return right("same parts in another order")
         return undecided("same parts in another order")
     if kinds == {Kind.BRACKETS, Kind.LIST}:
@@ -142,12 +142,6 @@ def compare_groups(answer: Group | None, gold: Group | None, question: str, comp
         verdict = _unordered(answer.items, gold.items, compare)
         return verdict if verdict and verdict.outcome is Outcome.WRONG else undecided("a set beside a tuple")
     return undecided("parts of different kinds")
-
-
-def _same_variable(*lists: tuple[str, ...]) -> bool:
-    """Are all items assignments to the same letter, as in x = 1, x = 2?"""
-    names = {item.partition("=")[0].strip() if "=" in item else "" for items in lists for item in items}
-    return len(names) == 1 and names != {""}
 
 
 def _brackets(answer: Group, gold: Group, compare: Compare) -> Verdict | None:

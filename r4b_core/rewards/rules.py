@@ -12,6 +12,7 @@ dimensions make the answer wrong. 50% is 0.5; it is 50 too, but only above 1 or 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 from r4b_core.rewards.algebra import PI, TooLarge, Unreadable, Value, read_decimal, read_value
@@ -23,6 +24,7 @@ from r4b_core.rewards.verdict import Outcome, Verdict, right, undecided, wrong
 from r4b_core.rewards.words import compare_bools, compare_words, is_numberish, read_number_word
 
 MAX_CHARACTERS = 2000
+_MAX_MATHEMATICS = 400
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 _LITERAL = re.compile(
@@ -51,6 +53,7 @@ _ORDINAL = re.compile(r"([0-9]+)(?:st|nd|rd|th)", re.IGNORECASE)
 _FUNCTIONS = re.compile(
     r"\\[A-Za-z]+|\b(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp|lim|max|min|det|mod|gcd|lcm|pi|sqrt)\b"
 )
+_WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
 _PROSE = re.compile(r"[^\W\d_]{3,}|[@#?\"]|[^\x00-\x7fπ∞±∪∅≤≥≠≈∈∠°√⟨⟩△→]")
 _SAYS_NOTHING = frozenset("n/a na nan null unknown ? - -- see above|see below|see image|see solution".split()) | {
     *("see above", "see image", "see solution", "see explanation", "not available", "answers may vary"),
@@ -102,37 +105,43 @@ def _plain_numbers(answer: str, gold: str) -> Verdict:
     said, meant = (Fraction(text.replace(",", "")) for text in (answer, gold))
     if said == meant:
         return right("same number")
-    return _near(said, meant, _step(gold), _step(answer))
+    return _near(said, meant, _decimals(gold), _decimals(answer))
 
 
-def _step(text: str) -> Fraction | None:
-    """What one unit of the last decimal of a literal is worth, None where it has no decimals."""
+@dataclass(frozen=True)
+class _Decimals:
+    """The decimals of a literal: what one unit of the last is worth, and how many there are behind the point."""
+
+    step: Fraction
+    count: int
+
+
+def _decimals(text: str, factor: Fraction = Fraction(1)) -> _Decimals | None:
+    """None where the text is no literal with decimals."""
     match = _LITERAL.fullmatch(text)
-    if match is None or match[1] is None:
+    if match is None or match[1] is None or len(match[1]) > 300:
         return None
-    return Fraction(10) ** (int(match[2] or match[3] or 0) - len(match[1]))
+    exponent = int(match[2] or match[3] or 0)
+    return _Decimals(Fraction(10) ** (exponent - len(match[1])) * factor, len(match[1])) if exponent < 400 else None
 
 
-def _near(said: Fraction, meant: Fraction, step: Fraction | None, said_step: Fraction | None) -> Verdict:
-    """Numbers that differ: is one the other rounded? ``step`` is of the reference, ``said_step`` of the answer."""
+def _near(said: Fraction, meant: Fraction, reference: _Decimals | None, answer: _Decimals | None) -> Verdict:
+    """Numbers that differ: is one the other rounded?"""
     distance = abs(said - meant)
-    if step is not None:
-        exact = said_step is None or said_step < step
+    if reference is not None:
+        step = reference.step
         # .5 rounds up or to even; a last digit cut off instead of rounded is as near, and as unsure.
-        if exact and distance * 2 < step:
-            return right("rounds to the reference") if _decimals(step) >= 2 else undecided("may round to the reference")
-        if exact and distance < step:
-            return undecided("differs in the last digit of the reference")
-    elif meant and distance * 200 <= abs(meant) and (said_step is not None or said.denominator != 1):
+        if answer is None or answer.step < step:
+            if distance * 2 < step:
+                enough = reference.count >= 2
+                return right("rounds to the reference") if enough else undecided("may round to the reference")
+            if distance < step:
+                return undecided("differs in the last digit of the reference")
+    elif meant and distance * 200 <= abs(meant) and (answer is not None or said.denominator != 1):
         return undecided("close to the reference")
-    if said_step is not None and distance * 2 <= said_step and said != 0:
+    if answer is not None and distance * 2 <= answer.step and said != 0:
         return undecided("may be the reference rounded")
     return wrong("another number")
-
-
-def _decimals(step: Fraction) -> int:
-    """Digits of a literal behind its point; those of a mantissa for a number such as 6.02e23."""
-    return 2 if step >= 1 else len(str(step.denominator)) - 1
 
 
 class _Rules:
@@ -165,9 +174,14 @@ class _Rules:
             return verdict
         if "=" in answer or "=" in gold:
             return self._equations(answer, gold)
-        if (verdict := self._quantities(answer, gold)) is not None:
+        if (verdict := self._quantities(answer, gold) or self._parts(answer, gold)) is not None:
             return verdict
-        return self._parts(answer, gold)
+        for signs in ("≠", "<>≤≥"):
+            if any(sign in answer for sign in signs) != any(sign in gold for sign in signs):
+                return undecided("a relation beside no relation")
+        if max(len(answer), len(gold)) > _MAX_MATHEMATICS:
+            return undecided("an expression too long to compare")
+        return None if _balanced(answer) and _balanced(gold) else undecided("brackets that do not close")
 
     def _clock_or_ratio(self, answer: str, gold: str) -> Verdict | None:
         said, meant = _CLOCK.fullmatch(answer), _CLOCK.fullmatch(gold)
@@ -192,8 +206,7 @@ class _Rules:
         return None
 
     def _equations(self, answer: str, gold: str) -> Verdict | None:
-        parts, group = read_group(answer), read_group(gold)
-        if group is not None or (parts is not None and len(parts.items) > 1):
+        if any("=" in text and read_group(text) is not None for text in (answer, gold)):
             return self._parts(answer, gold)
         said, meant = _assignment(answer), _assignment(gold)
         if said is None or meant is None:
@@ -207,9 +220,7 @@ class _Rules:
     def _implicit(self, answer: str, gold: str) -> Verdict | None:
         """Equations such as x² + y² = 4: the same up to a factor."""
         if answer.count("=") != 1 or gold.count("=") != 1:
-            return (
-                None if _mathematical(answer) and _mathematical(gold) else undecided("an equation beside no equation")
-            )
+            return undecided("an equation beside no equation")
         try:
             said, meant = (_difference(text) for text in (answer, gold))
         except Unreadable:
@@ -231,11 +242,7 @@ class _Rules:
         if said is None:
             if meant[1].letters or read_group(answer) is not None:
                 return None
-            if (
-                _FUNCTIONS.search(answer) is None
-                and not is_numberish(answer)
-                and re.fullmatch(r"[^\W\d_ ]{2,}(?: [^\W\d_]+)*", answer)
-            ):
+            if _WORDS.fullmatch(answer) and not is_numberish(answer):
                 return wrong("words, no number")
             return None
         (quantity, value), (wanted, reference) = said, meant
@@ -264,19 +271,18 @@ class _Rules:
         if (quantity.unit or wanted.unit) is not None:
             return undecided("per cent beside a unit")
         said, meant = value.approximate() * quantity.factor, reference.approximate() * wanted.factor
-        hundredth = Fraction(1, 100)
-        as_number = said * (hundredth if quantity.percent else 1), meant * (hundredth if wanted.percent else 1)
+        factors = [Fraction(1, 100) if each.percent else Fraction(1) for each in (quantity, wanted)]
+        as_number = said * factors[0], meant * factors[1]
         bare = meant if quantity.percent else said
-        steps = _step(wanted.number), _step(quantity.number)
         if as_number[0] == as_number[1] and not (self._percent and bare > 1):
             return right("same number as a percentage")
         if said == meant:
             clear = abs(bare) > 1 or self._percent
             return right("same percentage") if clear else undecided("per cent or not")
-        verdicts = [_near(said, meant, *steps)]
-        step = steps[0] * (hundredth if wanted.percent else 1) if steps[0] is not None else None
-        other = steps[1] * (hundredth if quantity.percent else 1) if steps[1] is not None else None
-        verdicts.append(_near(*as_number, step, other))
+        verdicts = [
+            _near(said, meant, _decimals(wanted.number), _decimals(quantity.number)),
+            _near(*as_number, _decimals(wanted.number, factors[1]), _decimals(quantity.number, factors[0])),
+        ]
         if all(verdict.outcome is Outcome.WRONG for verdict in verdicts):
             return wrong("another percentage")
         return undecided("near the percentage")
@@ -294,28 +300,10 @@ class _Rules:
                 said_scale, wanted_scale = said_scale * unit.scale, wanted_scale * other.scale
         elif quantity.glued or wanted.glued:
             return undecided("a unit or a variable")
-        if (
-            value.terms
-            and value.terms.keys() == reference.terms.keys()
-            and all(
-                coefficient * said_scale == reference.terms[key] * wanted_scale
-                for key, coefficient in value.terms.items()
-            )
-            or not value.terms
-            and not reference.terms
-        ):
-            return right(
-                "same number"
-                if unit == other
-                else "same number, unit aside"
-                if not (unit and other)
-                else "same quantity"
-            )
+        if value.times(said_scale) == reference.times(wanted_scale):
+            return right("same number" if unit == other else "same quantity" if unit and other else "unit aside")
         said, meant = value.approximate() * said_scale, reference.approximate() * wanted_scale
-        steps = _step(wanted.number), _step(quantity.number)
-        step = steps[0] * wanted_scale if steps[0] is not None else None
-        said_step = steps[1] * said_scale if steps[1] is not None else None
-        verdict = _near(said, meant, step, said_step)
+        verdict = _near(said, meant, _decimals(wanted.number, wanted_scale), _decimals(quantity.number, said_scale))
         if verdict.outcome is Outcome.WRONG and (unit is None) != (other is None):
             return self._bare(said, unit, meant, other)
         return verdict
@@ -340,6 +328,8 @@ class _Rules:
             return self._radians(said, meant) if unit.dimension == (("angle", 1),) else self._radians(meant, said)
         if (("unit", 1),) in names:
             return undecided("units beside a unit")
+        if names in _SAME_NAME:
+            return undecided("a unit of two meanings")
         return wrong("another unit")
 
     @staticmethod
@@ -395,6 +385,7 @@ _INFINITY = {
     "oo": "∞",
     "-oo": "-∞",
 }
+_SAME_NAME = ({(("mass", 1),), (("sterling", 1),)}, {(("celsius", 1),), (("current", 1), ("time", 1))})
 _CONVERSIONS = frozenset(map(Fraction, (10, 12, 60, 100, 1000, 3600, 10**4, 10**6)))
 
 
@@ -468,6 +459,10 @@ def _ratio(text: str) -> tuple[Fraction, ...] | None:
 def _minutes(clock: re.Match[str]) -> int:
     hour, half = int(clock[1] or clock[4]), (clock[3] or clock[5]).lower()
     return (hour % 12 + 12 * (half == "p")) * 60 + int(clock[2] or 0)
+
+
+def _balanced(text: str) -> bool:
+    return all(sum(map(text.count, pair[0])) == sum(map(text.count, pair[1])) for pair in (("{", "}"), ("([", ")]")))
 
 
 def _mathematical(text: str) -> bool:

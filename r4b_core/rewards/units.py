@@ -89,7 +89,7 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int]]]:
     add("$|dollar|dollars|usd|USD", "1", dollar=1)
     add("cent|cents|¢", "1/100", dollar=1)
     add("€|euro|euros|EUR", "1", euro=1)
-    add("£|GBP", "1", sterling=1)
+    add("£|GBP|pound sterling|pounds sterling", "1", sterling=1)
     add("¥|yuan|RMB|CNY", "1", yuan=1)
     add("₹|rupee|rupees|Rs", "1", rupee=1)
     add("rad|rads|radian|radians", "1", radian=1)

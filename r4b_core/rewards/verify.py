@@ -81,8 +81,7 @@ class Verifier:
         if hard and not self.mathematics:
             solved = dict.fromkeys(hard, Verdict(Outcome.WRONG, "not the same text"))
         elif hard:
-            with self._lock:
-                solved = dict(zip(hard, self._in_workers(hard), strict=True))
+            solved = dict(zip(hard, self.in_workers(hard), strict=True))
         result = [verdicts[key] or solved[key[0]] for key in asked]
         self.counts.update(verdict.outcome for verdict in result)
         return result
@@ -101,15 +100,17 @@ class Verifier:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _in_workers(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def in_workers(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """The verdict on each (answer, reference) by math-verify alone, in order."""
         busy: dict[int, tuple[_Worker, int]] = {}
-        try:
-            return self._share_out(pairs, busy)
-        finally:
-            # After an interruption a busy process would give its late verdict to the next answer.
-            for slot, (worker, _) in busy.items():
-                worker.kill()
-                self._workers[slot] = None
+        with self._lock:
+            try:
+                return self._share_out(pairs, busy)
+            finally:
+                # After an interruption a busy process would give its late verdict to the next answer.
+                for slot, (worker, _) in busy.items():
+                    worker.kill()
+                    self._workers[slot] = None
 
     def _share_out(self, pairs: Sequence[tuple[str, str]], busy: dict[int, tuple[_Worker, int]]) -> list[Verdict]:
         """Keep every process at work until all pairs have a verdict; ``busy`` tells which works on what."""

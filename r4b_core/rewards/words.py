@@ -146,7 +146,7 @@ def compare_words(answer: str, gold: str) -> Verdict:
         return undecided("signs that cannot be compared")
     if _signs(answer) != _signs(gold):
         return undecided("other signs")
-    if said == meant:
+    if "".join(said) == "".join(meant):
         return right("same words")
     without = [word for word in said if word not in _NEGATION]
     if without == [word for word in meant if word not in _NEGATION]:

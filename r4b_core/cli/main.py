@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from r4b_core.cli import bench, convert, demo, doctor, evaluate, generate, plan, report, show, train
+from r4b_core.cli import bench, convert, curate, demo, doctor, evaluate, generate, plan, report, show, train
 from r4b_core.cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app.command("show")(show.show)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.add_typer(curate.app, name="curate")
 
 
 if __name__ == "__main__":

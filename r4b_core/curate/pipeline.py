@@ -6,6 +6,7 @@ r4b curate run RECIPE --run DIR    DIR/1-standardize, DIR/2-generate, DIR/3-veri
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from r4b_core.config.load import Resolved, dump_resolved
 from r4b_core.curate.progress import progress
 from r4b_core.curate.ray_runner import run_stage_on_ray
 from r4b_core.curate.recipe import CurateRecipe, StageName, input_folder, stage_folders
-from r4b_core.curate.runner import Advance, Work, run_stage
-from r4b_core.curate.store import Counts, Partition, StageStore, folder_counts, open_stage, partitions_of
-from r4b_core.telemetry.files import write_atomic
+from r4b_core.curate.runner import Advance, RecordWork, Work, run_stage
+from r4b_core.curate.stage import Stage
+from r4b_core.curate.store import Counts, Partition, StageStore, folder_counts, open_stage, partitions_of, write_whole
 
 RESOLVED = "recipe.resolved.yaml"
+JUDGEMENTS = "judgements.jsonl"
+JUDGED_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def run_one(resolved: Resolved[CurateRecipe], job: Job, stage: StageName) -> Cou
         input_folder(job.recipe, job.run, stage)  # says so
         raise AssertionError
     job.run.mkdir(parents=True, exist_ok=True)
-    write_atomic(job.run / RESOLVED, dump_resolved(resolved))
+    write_whole(job.run / RESOLVED, dump_resolved(resolved))
     with progress(stage, None if stage == "standardize" else _num_records(job, stage)) as advance:
         return _STAGES[stage](job, folder, advance)
 
@@ -83,6 +86,27 @@ def _generate(job: Job, folder: Path, advance: Advance) -> Counts:
     from r4b_core.curate.generate import open_generate
 
     return _ask(job, "generate", folder, open_generate, job.recipe.generate, advance)
+
+
+def _verify(job: Job, folder: Path, advance: Advance) -> Counts:
+    from r4b_core.curate.client import open_chat
+    from r4b_core.curate.judging import judge_by
+    from r4b_core.curate.verify import VerifySettings, open_verify
+
+    settings, model = job.recipe.verify, job.recipe.judge
+    asked = {"verify": settings.content, "judge": model.content if model.endpoints else None}
+    with open_stage(folder, "verify", asked, _input(job, "verify"), force=job.force) as store:
+        if not model.endpoints:
+            job.do(store, RecordWork(open_verify, settings), advance)
+        elif store.pending():
+            # What the rules leave over waits for the judge: one process keeps a whole batch under way.
+            with open_chat(model, "judge", folder / JUDGEMENTS) as chat:
+
+                def with_judge(settings: VerifySettings) -> AbstractContextManager[Stage]:
+                    return open_verify(settings, judge_by(chat))
+
+                run_stage(store, RecordWork(with_judge, settings, JUDGED_BATCH), 0, advance)
+        return store.counts()
 
 
 def _score(job: Job, folder: Path, advance: Advance) -> Counts:
@@ -122,6 +146,7 @@ def _num_records(job: Job, stage: StageName) -> int:
 _STAGES: dict[StageName, Callable[[Job, Path, Advance], Counts]] = {
     "standardize": _standardize,
     "generate": _generate,
+    "verify": _verify,
     "score": _score,
     "select": _select,
 }

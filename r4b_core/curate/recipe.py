@@ -15,6 +15,8 @@ from r4b_core.curate.generate import GenerateSettings
 from r4b_core.curate.score import ScoreSettings
 from r4b_core.curate.select import PRESETS, SelectSettings
 from r4b_core.curate.standardize.settings import InputSettings, StandardizeSettings
+from r4b_core.curate.verify import VerifySettings
+from r4b_core.curate.wire import ServedModel
 
 StageName = Literal["standardize", "generate", "verify", "score", "select"]
 STAGES: tuple[StageName, ...] = ("standardize", "generate", "verify", "score", "select")
@@ -30,6 +32,11 @@ class CurateRecipe(Settings):
     stages: list[StageName] = Field(default_factory=lambda: list(STAGES), description="what `r4b curate run` does")
     standardize: StandardizeSettings = StandardizeSettings()
     generate: GenerateSettings = GenerateSettings()
+    verify: VerifySettings = VerifySettings()
+    judge: ServedModel = Field(
+        ServedModel(model="Qwen/Qwen3-30B-A3B-Thinking-2507", temperature=0.0, max_tokens=8192),
+        description="of what verify's rules cannot decide, and of nothing else; without endpoints there is none",
+    )
     score: ScoreSettings = ScoreSettings()
     select: SelectSettings = SelectSettings()
 

@@ -27,6 +27,7 @@ from pydantic import Field, field_validator, model_validator
 from r4b_core.config.recipe import Settings
 from r4b_core.curate.runner import Advance, Process, Work
 from r4b_core.curate.stage import Outcome
+from r4b_core.curate.standardize.formats import WORD
 from r4b_core.curate.store import (
     Counts,
     Partition,
@@ -137,7 +138,6 @@ REASONS = (
     *(OVER_QUOTA, OVER_TOKENS, GENERAL_TWICE, GENERAL_REST),
 )
 MODES = (None, Mode.THINKING, Mode.DIRECT)
-WORD = "needs_reasoning"  # the note in which an annotator of open questions says yes or no
 CHARACTERS_PER_TOKEN = 4  # where nobody counted the tokens of a response
 BATCH = 64
 _COLUMNS = ("id", "source", "tries", "right", "answer", "response", "response_tokens", "provenance")

@@ -225,7 +225,7 @@ class PartitionWriter:
         for suffix, aside in self._aside.items():
             os.replace(aside, self._folder / f"{self._partition.name}{suffix}")
         for suffix, data in self._attached.items():
-            _write_whole(self._folder / f"{self._partition.name}{suffix}", data)
+            write_whole(self._folder / f"{self._partition.name}{suffix}", data)
         _sync_folder(self._folder)
         sidecar = {
             "format": FORMAT,
@@ -234,7 +234,7 @@ class PartitionWriter:
             "fingerprint": self._fingerprint,
             "output": output,
         }
-        _write_whole(self._folder / f"{self._partition.name}.json", json.dumps(sidecar, indent=1, ensure_ascii=False))
+        write_whole(self._folder / f"{self._partition.name}.json", json.dumps(sidecar, indent=1, ensure_ascii=False))
 
     def abort(self) -> None:
         """Leave nothing behind."""
@@ -342,7 +342,7 @@ def open_stage(
         for partition in store.partitions:
             if store.is_finished(partition):
                 _check_sidecar(folder / f"{partition.name}.json", partition, store.fingerprint)
-        _write_whole(folder / STAGE_FILE, json.dumps(wanted, indent=1, ensure_ascii=False))
+        write_whole(folder / STAGE_FILE, json.dumps(wanted, indent=1, ensure_ascii=False))
         try:
             yield store
         finally:
@@ -460,7 +460,7 @@ def _create(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def _write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file aside, sync it, rename it, and sync its folder."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -15,7 +15,6 @@ from r4b_core.curate.runner import RecordWork, run_stage
 from r4b_core.curate.store import StageError, StageStore, open_stage, partitions_of
 from tests.curate.raw import do, odd_out_work, open_dies, open_fails, published, record_folder
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -29,13 +29,15 @@ PASS_RATE = ("pass_rate", "qwen3vl_4b_pass_rate")
 IMAGES = ("images", "image", "image_path", "image_paths")
 TURNS = ("conversations", "messages")
 ID = ("id", "question_id", "sample_id")
+WORD = "needs_reasoning"
+"""An annotator's yes or no to an open question, kept as a note for `select`'s rules of the mode."""
 MMFINEREASON_TRIES = 4
 _ASKS = {"human": True, "user": True, "gpt": False, "assistant": False, "model": False}
 _SYSTEM = ("system",)
 
 KNOWN = frozenset(
     (*QUESTION, *ANSWER, *ORIGINAL_QUESTION, *RESPONSE, *CAPTION, *PASS_RATE, *IMAGES, *TURNS, *ID)
-    + ("source", "texts", "original_answer", "is_consistent", "consistency_analysis", *SCHEMA.names)
+    + ("source", "texts", "original_answer", "is_consistent", "consistency_analysis", WORD, *SCHEMA.names)
 )
 
 
@@ -92,6 +94,8 @@ def to_records(row: int, columns: Columns, form: Format, origin: Origin) -> list
         raise RowError("no question", "the row holds no turn of a user that is answered")
     for record in made:
         record.provenance |= {"file": origin.file, "row": str(row)}
+        if (word := columns.get(WORD)) is not None:
+            record.provenance[WORD] = ("yes" if word else "no") if isinstance(word, bool) else str(word)[:20]
         _check_texts(record, origin.max_text_chars)
     return made
 
@@ -145,7 +149,7 @@ def _finevision(row: int, columns: Columns, origin: Origin) -> Iterator[Record]:
 
 
 def _llava(row: int, columns: Columns, origin: Origin) -> Iterator[Record]:
-    name = next(name for name in (*TURNS, TURNS[0]) if name in columns or name == TURNS[0])
+    name = next((name for name in TURNS if columns.get(name) is not None), TURNS[0])
     turns = columns.get(name)
     if isinstance(turns, str):
         turns = _unpack(name, turns)

@@ -187,7 +187,7 @@ def _candidates(answer: str | None, solution: str | None) -> list[str]:
             found.append(before.rpartition("<answer>")[2])
         if named := _FINAL.findall(solution[-_CLOSING:]):
             found.append(named[-1])
-        if len(solution) <= _SHORT_ANSWER and "\n" not in solution.strip():
+        if len(solution) <= _SHORT_ANSWER and "\n" not in solution.strip() and "\\boxed" not in solution:
             found.append(solution)
     return found
 

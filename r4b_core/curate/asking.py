@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,11 @@ class AskWork:
             open_journal(self.folder / JOURNAL, background) as journal,
             self.make(self.settings, background, journal) as stage,
         ):
-            yield _Ahead(stage, self.partitions).process
+            ahead = _Ahead(stage, self.partitions)
+            try:
+                yield ahead.process
+            finally:
+                ahead.close()
 
 
 class _Ahead(Generic[R]):
@@ -83,14 +87,16 @@ class _Ahead(Generic[R]):
     def __init__(self, stage: AskStage[R], partitions: Sequence[Partition]) -> None:
         self._stage, self._partitions = stage, list(partitions)
         self._coming: list[Partition] = []
-        self._stream: Iterator[tuple[_Item, R | None]] = iter(())
+        self._stream: Iterator[tuple[_Item, R | None]] | None = None
 
     def process(self, partition: Partition, writer: PartitionWriter) -> Iterator[None]:
         """Add what becomes of a partition's records to the writer; yields now and then."""
         if not self._coming or self._coming[0] != partition:
+            self.close()
             known = partition in self._partitions
             self._coming = self._partitions[self._partitions.index(partition) :] if known else [partition]
             self._stream = self._stage.background.ordered(self._ask, _items(self._coming), self._stage.window)
+        assert self._stream is not None
         batch: list[tuple[Record, R]] = []
         for (record, error), said in self._stream:
             if error is not None:
@@ -105,6 +111,12 @@ class _Ahead(Generic[R]):
                 yield
         writer.add(len(batch), self._stage.settle(batch))
         self._coming = self._coming[1:]
+
+    def close(self) -> None:
+        """Ask no more."""
+        if isinstance(self._stream, Generator):
+            self._stream.close()
+        self._stream = None
 
     async def _ask(self, item: _Item) -> R | None:
         return None if item[0] is None else await self._stage.ask(item[0])

@@ -17,8 +17,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -31,6 +33,7 @@ REQUEST_HEADER = "X-R4B-Request"
 _MAX_RATE_LIMITED = 64  # replies of 429 to one request
 _MAX_RETRY_AFTER_S = 600.0
 _DOOMED = 20  # failures in a row that end a stage
+_HANDED = 64  # items given to the event loop at a time
 _LIGHT = 256 * 1024  # bytes of images that are encoded without leaving the event loop
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,11 +66,8 @@ class ChatRequest:
 
     def identity(self, fingerprint: str) -> str:
         """32 hex digits of everything that the answer depends on."""
-        text = json.dumps([fingerprint, self.stage, self.key, self.k, self.attempt, self.seed])
-        digest = hashlib.blake2b(text.encode(), digest_size=16)
-        digest.update(self.prompt.digest)
-        digest.update(self.prompt.template.text.encode())
-        return digest.hexdigest()
+        text = f"{fingerprint}/{self.k}/{self.attempt}/{self.seed}/{self.stage}/{self.key}"
+        return hashlib.blake2b(self.prompt.digest + text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,27 @@ def seed_of(seed: int, key: str, k: int = 0, attempt: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) & 0x7FFFFFFF
 
 
+class _Slot(Generic[T, R]):
+    """An item on its way through the loop."""
+
+    __slots__ = ("item", "task", "result", "error", "is_done")
+
+    def __init__(self, item: T) -> None:
+        self.item = item
+        self.task: asyncio.Task[R] | None = None
+        self.result: R | None = None
+        self.error: BaseException | None = None
+        self.is_done = False
+
+
 class Background:
     """An event loop in a thread of its own."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._stopped: Exception | None = None
+        self._ready = threading.Event()
+        self._awaited: _Slot[Any, Any] | None = None
         self._thread = threading.Thread(target=self.loop.run_forever, name="endpoints", daemon=True)
         self._thread.start()
 
@@ -124,25 +139,40 @@ class Background:
     ) -> Iterator[tuple[T, R]]:
         """(item, result) of every item, in order; at most ``window`` items are under way or waiting for their turn.
 
+        It is called from one thread.
+
         Raises:
             EndpointError, JournalError: as soon as the stage has to stop.
         """
-        waiting: deque[tuple[T, concurrent.futures.Future[R]]] = deque()
+        coming = iter(items)
+        waiting: deque[_Slot[T, R]] = deque()
         try:
-            for item in items:
-                while waiting and (len(waiting) >= window or waiting[0][1].done()):
-                    yield self._take(waiting)
-                waiting.append((item, asyncio.run_coroutine_threadsafe(function(item), self.loop)))
-            while waiting:
-                yield self._take(waiting)
+            while True:
+                # Handing items over one by one would cost more than asking: each wakes the other thread.
+                while len(waiting) < window and not (waiting and waiting[0].is_done):
+                    batch: list[_Slot[T, R]] = [
+                        _Slot(item) for item in islice(coming, min(_HANDED, window - len(waiting)))
+                    ]
+                    if not batch:
+                        break
+                    waiting.extend(batch)
+                    self.loop.call_soon_threadsafe(self._start, function, batch)
+                if not waiting:
+                    return
+                self._wait_for(waiting[0])
+                while waiting and waiting[0].is_done:
+                    slot = waiting.popleft()
+                    if slot.error is not None:
+                        raise slot.error
+                    yield slot.item, cast(R, slot.result)
         finally:
-            for _, future in waiting:
-                future.cancel()
+            if waiting and not self.loop.is_closed():
+                self.loop.call_soon_threadsafe(self._cancel, list(waiting))
 
     def stop(self, error: Exception) -> None:
         """Let `ordered` end with this error at once."""
-        if not self._stopped.done():
-            self._stopped.set_exception(error)
+        self._stopped = self._stopped or error
+        self._ready.set()
 
     def close(self) -> None:
         """Cancel what still runs and end the thread."""
@@ -157,15 +187,34 @@ class Background:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _take(self, waiting: deque[tuple[T, concurrent.futures.Future[R]]]) -> tuple[T, R]:
-        item, future = waiting[0]
-        if not future.done():
-            either: set[concurrent.futures.Future[Any]] = {future, self._stopped}
-            concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
-        if self._stopped.done():
-            self._stopped.result()
-        waiting.popleft()
-        return item, future.result()
+    def _wait_for(self, slot: _Slot[Any, Any]) -> None:
+        self._awaited = slot
+        while not slot.is_done and self._stopped is None:
+            self._ready.wait()
+            self._ready.clear()
+        if self._stopped is not None:
+            raise self._stopped
+
+    def _start(self, function: Callable[[T], Coroutine[Any, Any, R]], slots: Sequence[_Slot[T, R]]) -> None:
+        for slot in slots:
+            slot.task = self.loop.create_task(function(slot.item))
+            slot.task.add_done_callback(partial(self._finish, slot))
+
+    def _finish(self, slot: _Slot[T, R], task: asyncio.Task[R]) -> None:
+        if task.cancelled():
+            slot.error = concurrent.futures.CancelledError()
+        elif (error := task.exception()) is not None:
+            slot.error = error
+        else:
+            slot.result = task.result()
+        slot.task, slot.is_done = None, True
+        if slot is self._awaited:
+            self._ready.set()
+
+    def _cancel(self, slots: Sequence[_Slot[Any, Any]]) -> None:
+        for slot in slots:
+            if slot.task is not None:
+                slot.task.cancel()
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

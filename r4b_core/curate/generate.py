@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +16,10 @@ from r4b_core.curate.endpoints import Failure
 from r4b_core.curate.journal import Journal
 from r4b_core.curate.stage import Outcome
 from r4b_core.curate.templates import Template, load_template
+from r4b_core.curate.verify.repetition import repeated
 from r4b_core.curate.wire import Prompt, ServedModel
 from r4b_core.data.records import Record
 from r4b_core.modes import THINK_CLOSE
-
-_GRAM, _REPEATS = 50, 3  # MMFineReason 3.3
 
 
 class CaptionSettings(Settings):
@@ -87,7 +85,8 @@ class Generate(AskStage[Said]):
             answer = await self._teacher.ask(ChatRequest(self.name, record.key, prompt, seed, attempt=attempt))
             if kept is None or answer.failure is None:
                 kept = answer, seed
-            if answer.failure is not None or (answer.whole and not loops(answer.text)):
+            last = attempt == self.settings.regenerate
+            if last or answer.failure is not None or (answer.whole and not loops(answer.text)):
                 break
         assert kept is not None
         return Said(*kept, attempt + 1, await self._describe(record))
@@ -163,9 +162,7 @@ def open_generate(settings: GenerateSettings, background: Background, journal: J
 
 def loops(text: str) -> bool:
     """Whether the reasoning holds a sequence of 50 words three times (MMFineReason 3.3)."""
-    words = text.partition(THINK_CLOSE)[0].split()
-    counts = Counter(tuple(words[start : start + _GRAM]) for start in range(len(words) - _GRAM + 1))
-    return max(counts.values(), default=0) >= _REPEATS
+    return repeated(text.partition(THINK_CLOSE)[0].split()) is not None
 
 
 def _label(template: Template) -> str:

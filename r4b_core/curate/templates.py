@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from r4b_core.modes import IMAGE
@@ -25,11 +26,16 @@ class Template:
     name: str
     text: str
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+    @cached_property
+    def mark(self) -> bytes:
+        """Two templates of different texts have different marks."""
+        return hashlib.sha256(self.text.encode("utf-8", "replace")).digest()
 
     @property
+    def digest(self) -> str:
+        return self.mark.hex()[:16]
+
+    @cached_property
     def around(self) -> tuple[str, str]:
         """What comes before and behind the question."""
         before, _, behind = self.text.partition(QUESTION)

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from PIL import Image
@@ -28,6 +29,7 @@ _THINKING: dict[str, dict[str, bool | str]] = {
     "enable_thinking": {"on": True, "off": False},
     "thinking_mode": {"on": "long", "off": "short", "auto": "auto"},
 }
+_SEED = -7_777_777  # stands for the seed in the body that all requests share
 _OURS = ("model", "messages", "seed", "stream", "stream_options", "temperature", "top_p", "top_k", "max_tokens")
 
 
@@ -80,30 +82,37 @@ class ServedModel(Settings):
 
     def body(self, seed: int, messages: str) -> bytes:
         """The request's body; ``messages`` is JSON."""
+        before, behind = self._around_seed
+        return f'{before}{seed}{behind[:-1]}, "messages": {messages}}}'.encode()
+
+    @cached_property
+    def _around_seed(self) -> tuple[str, str]:
+        """The body without messages, in front of the seed and behind it."""
         fields: dict[str, Any] = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p}
         if self.top_k is not None:
             fields["top_k"] = self.top_k
-        fields |= {"max_tokens": self.max_tokens, "seed": seed, "stream": self.calls.stream}
+        fields |= {"max_tokens": self.max_tokens, "seed": _SEED, "stream": self.calls.stream}
         if self.calls.stream:
             fields["stream_options"] = {"include_usage": True}
         fields |= self.extra
         if self.thinking != "default":
             flag = {self.thinking_flag: _THINKING[self.thinking_flag][self.thinking]}
             fields["chat_template_kwargs"] = self.extra.get("chat_template_kwargs", {}) | flag
-        return f'{json.dumps(fields)[:-1]}, "messages": {messages}}}'.encode()
+        before, _, behind = json.dumps(fields).partition(f'"seed": {_SEED}')
+        return f'{before}"seed": ', behind
 
 
 class Prompt:
     """One question in its template, with its images; made into messages when it is sent.
 
     Attributes:
-        digest: 16 bytes that change with the question or an image.
+        digest: 16 bytes that change with the template, the question or an image.
         lock: for whoever makes the messages in another thread.
     """
 
     def __init__(self, template: Template, question: str, images: Sequence[bytes]) -> None:
         self.template, self.question, self.images = template, question, images
-        digest = hashlib.blake2b(question.encode("utf-8", "replace"), digest_size=16)
+        digest = hashlib.blake2b(template.mark + question.encode("utf-8", "replace"), digest_size=16)
         for image in images:
             digest.update(b"\0%d\0" % len(image))
             digest.update(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,17 @@ import pytest
 from r4b_core.curate.client import Background
 from r4b_core.curate.demo.standin import Fault, Kind, Plan, Rule, Running, serve
 from r4b_core.curate.journal import Journal
-from r4b_core.curate.score import Judge, Score, ScoreSettings, open_score
-from r4b_core.data.records import Record
-from r4b_core.rewards.verify import Outcome, Verdict
+from r4b_core.curate.score import Score, ScoreSettings, open_score
+from r4b_core.curate.wire import ServedModel
 from tests.curate.served import plan, records, rules, served
 
 
 @contextmanager
-def scoring(
-    planned: Plan, journal: Path, judge: Judge | None = None, **settings: Any
-) -> Iterator[tuple[Score, Running]]:
+def scoring(planned: Plan, journal: Path, judge: bool = False, **settings: Any) -> Iterator[tuple[Score, Running]]:
     with serve(planned) as server, Background() as background, Journal(journal) as kept:
-        model = served(server.url, **settings.pop("student", {}))
-        made = ScoreSettings(student=model, **settings)
-        with open_score(made, background, kept, judge) as stage:
+        made = ScoreSettings(student=served(server.url), **settings)
+        asked: ServedModel | None = served(server.url, "judge") if judge else None
+        with open_score(made, background, kept, asked) as stage:
             yield stage, server
 
 
@@ -81,15 +78,35 @@ def test_nothing_is_asked_that_cannot_be_judged(tmp_path: Path) -> None:
     assert kept[1].provenance["student_missing"] == "no reference answer"
 
 
-def test_undecided_is_missing(tmp_path: Path) -> None:
-    def judge(pairs: Sequence[tuple[Record, str]]) -> list[Verdict]:
-        outcomes = [Outcome.RIGHT, Outcome.UNDECIDED, Outcome.WRONG, Outcome.UNDECIDED]
-        return [Verdict(outcomes[index % 4], "planned") for index in range(len(pairs))]
+PROSE = "a house with a red roof"
 
-    with scoring(plan({"stand-in": rules(2)}), tmp_path / "journal", judge) as (stage, _):
-        kept = stage(records(2)).kept
-    assert [(record.right, record.tries) for record in kept] == [(1, 2), (1, 2)]
-    assert kept[0].provenance["student_missing"] == "2 undecided"
+
+@pytest.mark.parametrize("judge", [False, True])
+def test_undecided_is_missing_unless_a_judge_decides(tmp_path: Path, judge: bool) -> None:
+    rows = records(3)
+    for row in rows:
+        row.answer = PROSE
+    said = Rule(text="<think>\nlook\n</think>\n\n<answer>there is a house, its roof is red</answer>")
+    verdicts = {
+        "sums/0000": Rule(text="Both tell of it.\nJUDGEMENT: EQUIVALENT"),
+        "sums/0001": Rule(text="One is missing.\nJUDGEMENT: DIFFERENT"),
+        "sums/0002": Rule(faults=(Fault.REFUSED,), always=True),
+    }
+    models = {"stand-in": {row.key: said for row in rows}, "judge": verdicts}
+    with scoring(plan(models), tmp_path / "journal", judge, k=2) as (stage, server):
+        kept = stage(rows).kept
+        asked = sum(times for name, times in server.counts()["sent"].items() if name.startswith("judge/"))
+    expected = [(2, 2), (0, 2), (0, 0)] if judge else [(0, 0)] * 3
+    assert [(record.right, record.tries) for record in kept] == expected
+    assert kept[2].provenance["student_missing"] == "2 undecided"
+    assert asked == (3 if judge else 0)  # both rollouts say the same
+
+
+def test_several_answers_are_undecided(tmp_path: Path) -> None:
+    table = rules(1, n0=Rule(text="<think>\nso\n</think>\n\n<answer>1</answer> or <answer>2</answer>"))
+    with scoring(plan({"stand-in": table}), tmp_path / "journal", k=2) as (stage, _):
+        record = stage(records(1)).kept[0]
+    assert (record.right, record.tries, record.provenance["student_missing"]) == (0, 0, "2 undecided")
 
 
 def test_a_student_without_reasoning_is_judged_by_all_it_says(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM, SiglipVisionModel
 
 from r4b_core.config.recipe import ModelConfig, ParallelConfig, Recipe
-from r4b_core.models.convert import find_like, read_config, to_huggingface, to_megatron
-from r4b_core.models.convert.huggingface import model_of
+from r4b_core.models.convert import find_like, megatron, read_config, to_huggingface, to_megatron
+from r4b_core.models.convert.files import Stream
+from r4b_core.models.convert.huggingface import BYTES, model_of
+from r4b_core.models.convert.rules import rule
 from r4b_core.models.convert.run import RECIPE
 from r4b_core.models.families import build_model, resolve
 from r4b_core.parallel import checkpoint
@@ -131,6 +134,13 @@ def test_all_frames_of_the_patch_convolution_are_kept(tmp_path: Path) -> None:
     assert torch.equal(back["model.visual.patch_embed.proj.weight"], weight)
 
 
+def test_a_parameter_is_written_without_the_memory_it_is_a_view_of() -> None:
+    stream = Stream(io.BytesIO(), lambda count: None)
+    rows = torch.randn(5000, 8)
+    megatron.write_rules(stream, [rule("a", "b", 2, 8)], lambda name: rows[3:5], torch.float32)
+    assert stream.position < 2 * megatron.OVERHEAD
+
+
 # vllm-project/vllm, vllm/model_executor/models/rvl.py, RForConditionalGeneration.hf_to_vllm_mapper: prefixes in order.
 VLLM_MAPPER = {
     "model.language_model.": "language_model.model.",
@@ -174,6 +184,13 @@ def test_a_trained_checkpoint_takes_its_configuration_from_elsewhere(tmp_path: P
         find_like(run, model.model_copy(update={"processor": None}))
 
 
+def places(path: Path) -> list[tuple[str, int]]:
+    """Type and place of each tensor of a safetensors file, from its header."""
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return [(entry["dtype"], entry["data_offsets"][0]) for name, entry in header.items() if name != "__metadata__"]
+
+
 def test_what_the_model_does_not_use_is_carried_along(tmp_path: Path) -> None:
     """A vision tower of three layers, of which the last is not looked at, with its pooling head."""
     theirs = write_theirs(tmp_path / "theirs", "r4b", dtype=torch.bfloat16)
@@ -193,7 +210,9 @@ def test_what_the_model_does_not_use_is_carried_along(tmp_path: Path) -> None:
     back = there_and_back(theirs, tmp_path)
     assert_same_tensors(all_tensors(back), canonical(theirs, "r4b"))
 
-    (tmp_path / "megatron" / "unused.safetensors").unlink()
+    unused = tmp_path / "megatron" / "unused.safetensors"
+    assert all(start % BYTES[dtype] == 0 for dtype, start in places(unused))
+    unused.unlink()
     path, recipe = locate(tmp_path / "megatron")
     model = ModelConfig.model_validate(yaml.safe_load(recipe.read_text())["model"])
     with pytest.raises(

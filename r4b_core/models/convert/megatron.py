@@ -130,7 +130,7 @@ class TorchDist:
 
     def read(self, rule: Rule) -> Tensor:
         """The whole parameter of one layer, put together from the parts that ranks wrote."""
-        whole = torch.empty([1] * len(rule.stack) + [*rule.shape], dtype=self.dtype)
+        whole: Tensor | None = None
         filled = 0
         for chunk in self.tensors[rule.key].chunks:
             start, size = list(chunk.offsets), list(chunk.sizes)
@@ -141,9 +141,13 @@ class TorchDist:
                 inside = slice(rule.layer - start[0], rule.layer - start[0] + 1)
                 start[0], size[0] = 0, 1
             part = self._part(MetadataIndex(rule.key, chunk.offsets))[inside]
+            if part.numel() == rule.numel:
+                return part.view(rule.shape)
+            if whole is None:
+                whole = torch.empty([1] * len(rule.stack) + [*rule.shape], dtype=self.dtype)
             whole[tuple(slice(x, x + n) for x, n in zip(start, size, strict=True))] = part
             filled += part.numel()
-        if filled != whole.numel():
+        if whole is None or filled != rule.numel:
             raise ConversionError(f"{self.folder}: {rule.name} is not covered by its parts: take another checkpoint")
         return whole.view(rule.shape)
 

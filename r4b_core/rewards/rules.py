@@ -54,7 +54,10 @@ _FUNCTIONS = re.compile(
     r"\\[A-Za-z]+|\b(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp|lim|max|min|det|mod|gcd|lcm|pi|sqrt)\b"
 )
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
-_PROSE = re.compile(r"[^\W\d_]{3,}|[@#?\"]|[^\x00-\x7fπ∞±∪∅≤≥≠≈∈∠°√⟨⟩△→]")
+_PROSE = re.compile(
+    r"[^\W\d_]{3,}|[@#?\"]|[^\x00-\x7fπ∞±∪∅≤≥≠≈∈∠°√⟨⟩△→]|\b(?:an|as|at|be|by|if|in|is|it|no|of|on|or|so|to|we)\b",
+    re.IGNORECASE,
+)
 _SAYS_NOTHING = frozenset("n/a na nan null unknown ? - -- see above|see below|see image|see solution".split()) | {
     *("see above", "see image", "see solution", "see explanation", "not available", "answers may vary"),
 }
@@ -346,7 +349,8 @@ class _Rules:
             return self._single(said, gold, answer)
         if said is None and meant is not None:
             return self._missing(answer, meant, gold)
-        if _mathematical(answer) and _mathematical(gold):
+        letters = len(answer) > 1 and len(gold) > 1 and answer.isalpha() and gold.isalpha()
+        if _mathematical(answer) and _mathematical(gold) and not letters:
             return None
         return compare_words(answer, gold)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from r4b_core.models.convert import find_like, load_weights, read_config, to_huggingface, to_megatron
-from r4b_core.models.families import build_model
+from r4b_core.models.families import build_chunks, build_model
 from r4b_core.parallel import checkpoint
 from r4b_core.parallel.learner import Learner
 from r4b_core.parallel.runtime import start
@@ -20,13 +20,12 @@ from tests.parallel.harness import Layout, Optim, parameters_by_name
 
 LAYOUTS = {
     "tp2_sp": Layout(tp=2, sequence_parallel=True),
-    "pp2": Layout(pp=2),
-    "cp2": Layout(cp=2),
+    "pp2_v2": Layout(pp=2, virtual_stages=2),
 }
 # What two ranks divide.
 HEADS: dict[str, Any] = {
     "r4b": dict(vision_num_heads=4, num_layers=4),
-    "qwen3_vl": dict(vision_num_heads=2),
+    "qwen3_vl": dict(vision_num_heads=2, num_layers=8),
 }
 
 
@@ -54,15 +53,16 @@ def test_every_layout_loads_and_exports_the_same(family: str) -> None:
     for name, layout in LAYOUTS.items():
         runtime = start(layout, seed=0)
         try:
-            direct, loaded = (build_model(config, layout, seed=seed) for seed in (2, 3))
-            load_weights(direct, folder / "theirs")
-            checkpoint.load_weights(path, [loaded])
-            for model in (direct, loaded):
-                got = parameters_by_name(model)
+            direct, loaded = (build_chunks(config, layout, seed=seed) for seed in (2, 3))
+            for chunk in direct:
+                load_weights(chunk, folder / "theirs")
+            checkpoint.load_weights(path, loaded)
+            for chunks in (direct, loaded):
+                got = parameters_by_name(chunks)
                 assert got.keys() == want.keys(), name
                 assert all(torch.equal(got[key], value) for key, value in want.items()), name
             # As training saves it: the parts that each rank holds.
-            learner = Learner([loaded], runtime, Optim(), total_steps=1)
+            learner = Learner(loaded, runtime, Optim(), total_steps=1)
             saved = checkpoint.save(folder / name, 1, learner, {})
             if rank == 0:
                 to_huggingface(saved, config, find_like(folder / "megatron", config), folder / f"back_{name}")

@@ -45,7 +45,7 @@ PART_BYTES = 1 << 30
 SHARD_BYTES = 5 * 10**9
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_LAYOUT = dict(world=1, tp=1, pp=1, cp=1, dp=1, sequence_parallel=False, distributed_optimizer=False)
+_LAYOUT = dict(world=1, tp=1, pp=1, cp=1, dp=1, sequence_parallel=False, distributed_optimizer=False, virtual_stages=1)
 
 Item = TypeVar("Item")
 

@@ -16,7 +16,7 @@ from r4b_core.parallel import checkpoint
 from r4b_core.telemetry.metrics import read_metrics
 from tests.stages.fork_server import Ended, ForkServer
 from tests.stages.record_files import SHAPES, make_records, write_data, write_processor
-from tests.stages.runs import lines, outcome
+from tests.stages.runs import lines, outcome, rollouts
 
 FAMILIES = ("qwen3_vl", "r4b")
 
@@ -228,12 +228,20 @@ def test_files_that_are_mostly_unusable_end_the_run(train: Train, folder: Path, 
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) > 8
 
 
-def test_the_prompts_of_a_checkpoint_are_what_the_run_learned(straight_of: dict[str, Path]) -> None:
+def test_the_checkpoint_knows_the_pass_rates_that_the_rollouts_showed(straight_of: dict[str, Path]) -> None:
     path = checkpoint.latest(straight_of["qwen3_vl"] / "checkpoints" / "bpo")
     assert path is not None
-    state = checkpoint.read_state(path)["source"]["prompts"]
-    assert sum(due > 0 for _, due, *_ in state.values()) >= 3
-    assert all(0 <= rate <= 1 for rate, *_ in state.values())
+    held = {int(place): state[0] for place, state in checkpoint.read_state(path)["source"]["prompts"].items()}
+    rates = {record.key: record.right / 4 for record in make_records(48) if record.right is not None}
+    places = {record.key: place for place, record in enumerate(make_records(48))}
+    drawn = set()
+    for _, rows in sorted(rollouts(straight_of["qwen3_vl"]).items()):
+        for name in {row["sample_id"] for row in rows}:
+            right = [row["reward"] > 0 for row in rows if row["sample_id"] == name]
+            rates[name] += 0.5 * (sum(right) / len(right) - rates[name])
+            drawn.add(name)
+    assert len(drawn) >= 3
+    assert {name: held[places[name]] for name in drawn} == {name: rates[name] for name in drawn}
 
 
 def test_without_held_out_files_nothing_is_evaluated(train: Train, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from r4b_kernels import dispatch, prefix_attention, qk_norm_mrope
 from r4b_kernels.layout import PrefixLayout
 
 _VECTOR = 8
-# A row begins with this many columns and doubles them: budgets are far longer than most responses.
-_FIRST_COLUMNS = 128
+# A row begins with this many columns, and gets as many more, or a quarter of what it has: budgets are far longer than
+# most responses.
+_COLUMNS = 128
 
 
 @dataclass
@@ -154,10 +155,6 @@ class ResponseCache:
         """Prompts whose requests may be admitted from now on."""
         self._ready.append(prompts)
 
-    def holds(self, prompt: int) -> bool:
-        """Whether the keys and values of a prompt are at hand."""
-        return any(prompt in cache.ids for cache in (self.prompts, *self._ready))
-
     def rearrange(
         self, kept: Sequence[int], admitted: Sequence[int], waiting: Collection[int], longest: int
     ) -> list[int]:
@@ -177,7 +174,7 @@ class ResponseCache:
         had_rows, self._row_prompts = bool(self._row_prompts), [prompt[n] for n in order]
         self._find_prompts(waiting)
         like = self.prompts.values[0]
-        room = self._room(longest)
+        room = self.room(longest)
         if had_rows:
             # A new row's columns hold whatever was there: they are not seen until they are written.
             source = torch.tensor([kept[n] if n < len(kept) else 0 for n in order], device=like.device)
@@ -211,11 +208,11 @@ class ResponseCache:
         self._start = torch.tensor([starts[group[prompt]] for prompt in self._row_prompts], device=device)
         self._last_start = max(starts)
 
-    def _room(self, columns: int) -> int:
-        """Columns to hold, at least so many (as far as a response may go)."""
-        room = _FIRST_COLUMNS
+    def room(self, columns: int) -> int:
+        """The columns that every row has where one needs so many; no more than a response may have."""
+        room = _COLUMNS
         while room < columns:
-            room *= 2
+            room = whole_vectors(room + max(_COLUMNS, room // 4))
         return min(room, self._most)
 
     def step(self, position: Tensor, longest: int) -> None:
@@ -224,7 +221,7 @@ class ResponseCache:
         A position before a row's first makes it idle; one past the last column of a response overwrites that one.
         ``longest`` is the most tokens that a row will have.
         """
-        if (room := self._room(longest)) > self._columns:
+        if (room := self.room(longest)) > self._columns:
             more = room - self._columns
             for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
                 self.keys[layer], self.values[layer] = F.pad(key, (0, more)), F.pad(value, (0, 0, 0, more))

@@ -31,6 +31,8 @@ _NOT_FORCED = -1
 _ENDED_SHARE = 0.25
 # Points of the distribution are made for so many steps at once.
 _POINTS = 64
+# Of the free memory of a GPU: the rest is for prompts, for logits, and for the copy that makes room.
+_CACHE_SHARE = 0.4
 
 
 class EmbeddedEngine:
@@ -43,6 +45,7 @@ class EmbeddedEngine:
         vocab_size: int,
         batch: int = 128,
         prefill_tokens: int = 16_384,
+        cache_bytes: int | None = None,
     ) -> None:
         """An engine over this rank's stage.
 
@@ -52,12 +55,16 @@ class EmbeddedEngine:
             batch: bounds N. A row holds keys and values for as many tokens as the longest of all rows has.
             prefill_tokens: prompts are computed some at a time, of so many tokens with each one as long as the longest;
                 a longer prompt alone.
+            cache_bytes: bounds the keys and values of the responses on this rank, the same on every rank. Where they
+                would outgrow it, the shortest responses are put back and drawn anew later, which gives the same tokens;
+                one response always goes on. None: a share of what is free on a GPU, no bound on a CPU.
         """
         self.chunks = [model] if isinstance(model, DecoderModel) else list(model)
         self.mode_tokens = mode_tokens
         self.vocab_size = vocab_size
         self.batch = batch
         self.prefill_tokens = prefill_tokens
+        self.cache_bytes = cache_bytes
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         weight = next(self.chunks[0].parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -103,6 +110,24 @@ class EmbeddedEngine:
         finally:
             for chunk, was_training in zip(self.chunks, were_training, strict=True):
                 chunk.train(was_training)
+
+    def most_columns(self) -> int | None:
+        """Columns of all rows together that `cache_bytes` allows; None: any number. The same on every rank."""
+        room = self.cache_bytes
+        if room is None:
+            if self.device.type != "cuda":
+                return None
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.tensor(torch.cuda.mem_get_info(self.device)[0] + unused, device=self.device)
+            for group in (self.chunks[0].tp_group, self.pipeline):
+                if group.size() > 1:
+                    torch.distributed.all_reduce(free, torch.distributed.ReduceOp.MIN, group)
+            room = int(_CACHE_SHARE * int(free))
+        config = self.chunks[0].config
+        attention = self.chunks[0].decoder.layers[0].self_attention
+        layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
+        column = 2 * layers * attention.num_query_groups_per_partition * config.kv_channels * self.dtype.itemsize
+        return max(1, room // column)
 
     def layers(self) -> list[DecoderLayers]:
         """The layers of each chunk."""
@@ -242,6 +267,8 @@ class _ContinuousBatch:
         self.first_logits: dict[int, Tensor] = {}
         self.layers = engine.layers()
         self.cache = ResponseCache(params.max_new_tokens, engine.chunks[0].config)
+        self.most_columns = engine.most_columns()
+        self.times_put_back = 0
 
     def run(self) -> list[Rollout]:
         for _ in self.steps():
@@ -256,14 +283,10 @@ class _ContinuousBatch:
         token: list[int] = []
         alive: list[bool] = []
         while self.waiting or any(alive):
-            kept = [n for n, is_alive in enumerate(alive) if is_alive]
-            fresh = self._admit(self.engine.batch - len(kept))
-            order = self.cache.rearrange(
-                kept,
-                [self.requests[row].prompt for row in fresh],
-                self.waiting_of,
-                max((begun[n] for n in kept), default=0),
-            )
+            kept = self._keep([n for n, is_alive in enumerate(alive) if is_alive], rows, begun)
+            longest = max((begun[n] for n in kept), default=0)
+            fresh = self._admit(self._places(longest) - len(kept))
+            order = self.cache.rearrange(kept, [self.requests[row].prompt for row in fresh], self.waiting_of, longest)
             rows, begun, token = (
                 [joined[n] for n in order]
                 for joined in (
@@ -276,6 +299,24 @@ class _ContinuousBatch:
             token, taken = yield from self._stretch(rows, begun, token, alive)
             begun = [step + taken for step in begun]
 
+    def _places(self, longest: int) -> int:
+        """How many rows there may be while the longest has so many tokens and draws one more."""
+        if self.most_columns is None:
+            return self.engine.batch
+        return min(self.engine.batch, max(1, self.most_columns // self.cache.room(longest + 1)))
+
+    def _keep(self, alive: list[int], rows: list[int], begun: list[int]) -> list[int]:
+        """Those of the rows that have places; the shortest of the others are put back in line."""
+        shortest_first = sorted(alive, key=begun.__getitem__)
+        places = self._places(begun[shortest_first[-1]]) if alive else 0
+        put_back = shortest_first[: max(0, len(alive) - places)]
+        for row in sorted((rows[n] for n in put_back), reverse=True):
+            self.times_put_back += 1
+            self.waiting.appendleft(row)
+            self.waiting_of[self.requests[row].prompt] += 1
+            self.tokens[row], self.logprobs[row], self.entropies[row] = [], [], []
+        return [n for n in alive if n not in put_back]
+
     def _admit(self, places: int) -> list[int]:
         """The next requests in line, whose prompts are then at hand."""
         fresh = [self.waiting.popleft() for _ in range(min(places, len(self.waiting)))]
@@ -286,7 +327,9 @@ class _ContinuousBatch:
 
     def prefill(self, prompts: Sequence[int]) -> None:
         """Compute those of the prompts that are not at hand, and as many of the next ones as fit with them."""
-        missing = {prompt for prompt in prompts if not self.cache.holds(prompt)}
+        missing = dict.fromkeys(prompt for prompt in prompts if prompt not in self.first_logits)
+        # Those of responses that were put back may be gone.
+        self.to_compute.extendleft(prompt for prompt in reversed(missing) if prompt in self.decisions)
         while missing:
             ids, longest = [], 0
             while self.to_compute:
@@ -294,7 +337,7 @@ class _ContinuousBatch:
                 if ids and (len(ids) + 1) * longest > self.engine.prefill_tokens:
                     break
                 ids.append(self.to_compute.popleft())
-            missing -= set(ids)
+            missing = dict.fromkeys(prompt for prompt in missing if prompt not in ids)
             cache, logits = self.engine.prefill(ids, [self.prompts[prompt] for prompt in ids], self.layers)
             self.cache.add(cache)
             self.first_logits |= zip(ids, logits, strict=True)
@@ -305,7 +348,10 @@ class _ContinuousBatch:
     def _stretch(
         self, rows: list[int], begun: list[int], last: list[int], alive: list[bool]
     ) -> Generator[list[int], None, tuple[list[int], int]]:
-        """Decode the rows until enough have ended. Marks the ended ones; returns the last tokens and steps taken."""
+        """Decode the rows until enough have ended, or all need more room than there is.
+
+        Marks the ended ones; returns the last tokens and steps taken.
+        """
         device, budget, turn_end = self.engine.device, self.params.max_new_tokens, self.engine.mode_tokens.turn_end
         step, token = torch.tensor(begun, device=device), torch.tensor(last, device=device)
         seed = torch.tensor([self.requests[row].seed for row in rows], device=device)
@@ -316,6 +362,8 @@ class _ContinuousBatch:
         drawn: list[Draw] = []
         while len(rows) - sum(alive) < max(1, int(len(rows) * _ENDED_SHARE)):
             taken = len(drawn)
+            if taken and self._places(max(begun) + taken) < len(rows):
+                break
             logits = None
             if taken or max(begun):
                 longest = max(begun) + taken

@@ -25,6 +25,7 @@ from tests.models.build import SMALL, one_batch, random_prompt, small_model
 VOCABULARY = 60  # of the tokenizer; the head has 64 rows
 MODES = ModeTokens(think_open=3, think_close=4, newline=5, blank_line=6, turn_end=2)
 ENDLESS = dataclasses.replace(MODES, turn_end=63)  # a token that is never drawn
+RARE = dataclasses.replace(MODES, turn_end=8)  # one that is drawn seldom
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +305,33 @@ def test_the_cache_grows_with_the_responses(model: R4BModel, prompts: list[Encod
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprob, rtol=0, atol=3e-5)
     huge = EmbeddedEngine(model, MODES, VOCABULARY).generate(prompts, requests_for(4), SamplingParams(1_000_000))
     assert all(rollout.finish is FinishReason.STOP for rollout in huge)
+
+
+@pytest.mark.parametrize("columns", [1, 520, 700, 1200])
+def test_responses_are_put_back_where_the_cache_would_outgrow_its_bound(
+    model: R4BModel, prompts: list[EncodedPrompt], columns: int
+) -> None:
+    """They are drawn again later, and nobody can tell; a lone response may have all it needs."""
+    params = SamplingParams(300)
+    requests = [Request(k % 4, [Mode.AUTO, Mode.DIRECT, Mode.THINKING][k % 3], 50 + k) for k in range(9)]
+    want = EmbeddedEngine(model, RARE, VOCABULARY).generate(prompts, requests, params)
+    assert len({rollout.finish for rollout in want}) == 2, "some end early, some at the budget"
+    column_bytes = 2 * SMALL["num_layers"] * SMALL["num_kv_heads"] * SMALL["head_dim"] * 4
+    engine = EmbeddedEngine(
+        model, RARE, VOCABULARY, batch=6, prefill_tokens=40, cache_bytes=columns * column_bytes + 100
+    )
+    batch = _ContinuousBatch(engine, prompts, requests, params)
+    assert batch.most_columns == columns
+    steps, widest = 0, 0
+    with torch.no_grad():
+        for drawn in batch.steps():
+            held = batch.cache.keys[0]
+            assert len(drawn) == 1 or held.shape[1] * held.shape[3] <= columns
+            steps, widest = steps + 1, max(widest, len(drawn))
+    assert_same([batch._rollout(row) for row in range(len(requests))], want)
+    assert widest == max(1, min(6, columns // 128)) and steps < sum(len(rollout.tokens) for rollout in want) + 300
+    drawn_twice = {1: False, 520: True, 700: True, 1200: True}[columns]
+    assert bool(batch.times_put_back) == drawn_twice
 
 
 def test_stream_gives_the_same_tokens_and_disturbs_nobody(model: R4BModel, prompts: list[EncodedPrompt]) -> None:

@@ -129,18 +129,19 @@ OUTSIDE = "pass rate outside the band"
 UNCLEAR = "annotator's word unclear"
 NO_THINKING = "no thinking response"
 NO_ANSWER = "no answer for a direct response"
+WRONG = "wrong response"
 OVER_QUOTA = "over the quota of its source"
 OVER_TOKENS = "over target_tokens"
 GENERAL_TWICE = "general record already selected"
 GENERAL_REST = "general record not needed"
 REASONS = (
-    *(KEPT, FEW_TRIES, OUTSIDE, UNCLEAR, NO_THINKING, NO_ANSWER),
+    *(KEPT, FEW_TRIES, OUTSIDE, UNCLEAR, NO_THINKING, NO_ANSWER, WRONG),
     *(OVER_QUOTA, OVER_TOKENS, GENERAL_TWICE, GENERAL_REST),
 )
 MODES = (None, Mode.THINKING, Mode.DIRECT)
 CHARACTERS_PER_TOKEN = 4  # where nobody counted the tokens of a response
 BATCH = 64
-_COLUMNS = ("id", "source", "tries", "right", "answer", "response", "response_tokens", "provenance")
+_COLUMNS = ("id", "source", "tries", "right", "answer", "response", "response_tokens", "verdict", "provenance")
 DECISION = np.dtype([("reason", "u1"), ("mode", "u1")])
 
 
@@ -160,6 +161,8 @@ def judge(record: Record, settings: SelectSettings) -> tuple[str, Mode | None]:
         if reason:
             return reason, None
     if mode is Mode.THINKING:
+        if record.verdict == "wrong":
+            return WRONG, None
         return (KEPT, mode) if thinking_response(record.response) else (NO_THINKING, None)
     return (KEPT, mode) if (record.answer or "").strip() else (NO_ANSWER, None)
 

@@ -24,7 +24,7 @@ from r4b_core.curate.standardize.signatures import BANDS, PERMUTATIONS, SIGNATUR
 REASONS = ("", "duplicate id", "duplicate", "near duplicate")
 KEPT, SAME_KEY, SAME, NEAR = range(4)
 DECISION = np.dtype([("code", "u1"), ("partition", "<i4"), ("row", "<i8")])
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 @dataclass
@@ -130,21 +130,18 @@ def _compare_bucket(
 
     needed = settings.text_similarity * PERMUTATIONS
     for place in range(1, len(members)):
-        # The earliest match is what is told, whichever bucket it is found in.
-        known = earlier[members[place]] if code[members[place]] == NEAR else np.iinfo(np.int64).max
+        if code[members[place]] != KEPT:
+            continue  # another bucket told
         for start in range(0, place, _BLOCK):
             block = slice(start, min(place, start + _BLOCK))
             near = np.bitwise_count(phash[block] ^ phash[place]) <= settings.image_distance
-            near &= (numbers[block] == numbers[place]) & (members[block] < known)
-            match = next(
-                (
-                    other
-                    for other in start + np.flatnonzero(near)
-                    if np.count_nonzero(minhash(int(other)) == minhash(place)) >= needed
-                ),
-                None,
+            near &= numbers[block] == numbers[place]
+            alike = (
+                other
+                for other in (start + np.flatnonzero(near)).tolist()
+                if np.count_nonzero(minhash(other) == minhash(place)) >= needed
             )
-            if match is not None:
+            if (match := next(alike, None)) is not None:
                 code[members[place]], earlier[members[place]] = NEAR, members[match]
                 break
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,6 +45,12 @@ def check_picture(data: bytes, *, max_side: int, max_pixels: int, max_bytes: int
     Raises:
         ImageError: if it cannot or must not be used.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of what is odd in a file and yet can be read
+        return _check(data, max_side, max_pixels, max_bytes)
+
+
+def _check(data: bytes, max_side: int, max_pixels: int, max_bytes: int) -> Picture:
     digest = hashlib.blake2b(data, digest_size=16).digest()
     changed = ""
     if other := _bring_in(data, max_pixels, max_bytes):
@@ -67,8 +74,8 @@ def check_picture(data: bytes, *, max_side: int, max_pixels: int, max_bytes: int
 def perceptual_hash(image: Image.Image) -> int:
     """64 bits that hardly change with size and encoding: signs of low frequencies about their median (pHash).
 
-    The ``phash`` of the ImageHash library, but for a box filter first, which is 4 times as fast and hardly ever moves a
-    bit. Where a picture is flat, all but the first frequency are zero.
+    The ``phash`` of the ImageHash library, but for a box filter first, which is 4 times as fast and moves a bit or two
+    of few pictures. Where a picture is flat, all but the first frequency are zero.
     """
     if (factor := min(image.size) // (3 * _SIDE)) > 1:
         image = image.reduce(factor)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from r4b_core.cli.main import app
 from r4b_core.config.recipe import ModelConfig
+from r4b_core.evaluate.load import trained_model
 from tests.models.convert_cases import all_tensors, canonical, no_disk_waits, write_theirs  # noqa: F401
 from tests.models.test_convert_parts import write_language, write_vision
 
@@ -43,6 +44,10 @@ def test_from_parts(tmp_path: Path) -> None:
     result = convert("to-megatron", "--init", "from-parts", *arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'r4b'}: r4b, size toy, bfloat16\n")
+    # The folder is one that `r4b generate` and `r4b eval` open.
+    table = all_tensors(language)["model.embed_tokens.weight"].bfloat16()
+    with trained_model(tmp_path / "r4b") as trained:
+        assert torch.equal(trained.model.embedding.word_embeddings.weight, table)
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_stopped_before_the_folder_got_its_name(theirs: Path, tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="out.partial, and the same command goes on"):
             export(tmp_path / "megatron", target, shard_bytes=60_000)
     content = tmp_path / "out.partial" / "content"
     newest = max(content.iterdir(), key=lambda path: path.stat().st_mtime_ns)
@@ -323,6 +323,18 @@ def test_what_was_begun_with_another_source_is_not_gone_on_with(theirs: Path, tm
     to_megatron(theirs, target, part_bytes=60_000)
     want = all_tensors(theirs)
     assert all(torch.equal(x, want[name]) for name, x in all_tensors(export(target, tmp_path / "back")).items())
+
+
+def test_a_file_that_is_exchanged_while_it_is_read(theirs: Path, tmp_path: Path) -> None:
+    def exchange(what: str, done: int, total: int) -> None:
+        if done > total / 2 and first_shard(theirs).stat().st_size > 9:
+            for path in theirs.glob("*.safetensors"):
+                path.unlink()
+                path.write_bytes(b"something")
+
+    with pytest.raises(ConversionError, match=r"safetensors was changed while it was read .*: start again"):
+        to_megatron(theirs, tmp_path / "out", part_bytes=60_000, on_progress=exchange)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -346,7 +358,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_full_disk_keeps_what_is_finished(theirs: Path, tmp_path: Path, full_disk: None) -> None:
     target = tmp_path / "out"
-    with pytest.raises(ConversionError, match=r"is full \(No space left on device\).*out.partial: free space"):
+    with pytest.raises(ConversionError, match=r"not be written \(No space left on device\).*out.partial: free space"):
         to_megatron(theirs, target, part_bytes=60_000)
     assert not target.exists() and len(list(tmp_path.glob("out.partial/content/**/*.distcp"))) >= 1
 

@@ -12,15 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import Tensor
-
-from r4b_core.models.convert.rules import Shape
 from r4b_core.models.convert.settings import ConversionError
 
 RECORD = "conversion.json"
@@ -173,12 +169,14 @@ def workplace(target: Path, record: Mapping[str, Any], on_progress: OnProgress |
             place.parts.mkdir(exist_ok=True)
             yield place
         shutil.rmtree(partial, ignore_errors=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; what is finished stays in {partial}, and the same command goes on") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is not None:
             raise
         raise ConversionError(
-            f"{target.parent} is full ({error.strerror}). What is finished stays in {partial}: free space and give the "
-            "same command again, which goes on from there, or remove it"
+            f"{target} could not be written ({error.strerror}). What is finished stays in {partial}: free space, or "
+            "mend what is wrong, and give the same command again, which goes on from there; or remove it"
         ) from error
 
 
@@ -246,23 +244,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
-
-
-def safetensors_header(entries: Sequence[tuple[str, str, Shape, int]]) -> bytes:
-    """The header of a safetensors file with (name, type, shape, bytes) in this order, its length in front."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape, size in entries:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values as they lie in memory."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _lock(file: IO[str], partial: Path) -> None:

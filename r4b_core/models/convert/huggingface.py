@@ -43,9 +43,19 @@ class Entry:
     dtype: str
 
     def read(self) -> Tensor:
-        # Opened for each tensor, so that no pages of the file stay in memory.
-        with safe_open(self.file, "pt") as file:
-            return file.get_tensor(self.name)
+        """
+        Raises:
+            ConversionError: the file is not any more what it was when its header was read.
+        """
+        try:
+            # Opened for each tensor, so that no pages of the file stay in memory.
+            with safe_open(self.file, "pt") as file:
+                value = file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{self.file} was changed while it was read ({error}): start again") from error
+        if tuple(value.shape) != self.shape:
+            raise ConversionError(f"{self.file} was changed while it was read: start again")
+        return value
 
     def rows(self, start: int, stop: int) -> Tensor:
         with safe_open(self.file, "pt") as file:

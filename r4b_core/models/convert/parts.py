@@ -91,7 +91,8 @@ def from_parts(
     companions[CONFIG] = _json(config)
     companions["preprocessor_config.json"] = _json(_image_settings(config))
     shards = sorted({entry.file for source in (eyes, words) for entry in source.entries.values()})
-    stamp = [seed, [[str(path.parent.name), files.stamps([path])] for path in shards], files.fingerprint(config)]
+    stamp = [seed, [[str(path.parent.name), files.stamps([path])] for path in shards]]
+    stamp.append(files.fingerprint([config, files.digests(files.companions(language))]))
     making = Making(model, rules(shape), read, unused, companions, stamp)
     return write_megatron(making, Path(target).resolve(), part_bytes, on_progress)
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from r4b_core.config.recipe import ModelConfig, Recipe
 from r4b_core.models.convert import files, megatron
-from r4b_core.models.convert.files import OnProgress, Stream, tensor_bytes
+from r4b_core.models.convert.files import OnProgress, Stream
 from r4b_core.models.convert.huggingface import (
     BYTES,
     CONFIG,
@@ -31,8 +30,9 @@ from r4b_core.models.convert.huggingface import (
     read_header,
     read_json,
 )
-from r4b_core.models.convert.rules import Rule, Shape
+from r4b_core.models.convert.rules import Rule
 from r4b_core.models.convert.settings import ConversionError
+from r4b_core.models.convert.shards import Group, copied, filled, write_safetensors
 from r4b_core.models.families import resolve
 from r4b_core.parallel import manifest
 from r4b_core.parallel.sharded_files import METADATA
@@ -103,7 +103,7 @@ def write_megatron(making: Making, target: Path, part_bytes: int, on_progress: O
             name: sum(rule.numel * dtype.itemsize + megatron.OVERHEAD for rule in rules)
             for name, rules in groups.items()
         }
-        unused = [_entry_group(name, entry) for name, entry in making.unused.items()]
+        unused = [copied(name, entry) for name, entry in making.unused.items()]
         sizes[UNUSED] = sum(group.size for group in unused)
         place.expect(sizes)
         facts = {
@@ -111,7 +111,7 @@ def write_megatron(making: Making, target: Path, part_bytes: int, on_progress: O
             for name, rules in groups.items()
         }
         if unused:
-            place.part(UNUSED, partial(_write_safetensors, groups=unused))
+            place.part(UNUSED, partial(write_safetensors, groups=unused))
         metadata = megatron.contents(
             making.rules, {Path(name).name: fact["extra"] for name, fact in facts.items()}, dtype
         )
@@ -172,8 +172,10 @@ def to_huggingface(
         )
     rules = module.rules(shape)
     source = megatron.TorchDist(checkpoint, rules, on_progress)
+    if source.dtype not in _NAMES:
+        raise ConversionError(f"{checkpoint} holds {source.dtype}, which is neither float32 nor bfloat16")
     dtype = _NAMES[source.dtype]
-    groups = [_Group(rule.theirs, dtype, partial(_split, rule, source)) for rule in rules]
+    groups = [Group(rule.theirs, dtype, partial(_split, rule, source)) for rule in rules]
     groups += _unused_groups(like, module, config, shape, dtype)
     companions = {path.name: path.read_bytes() for path in files.companions(like)}
     companions[CONFIG] = _with_dtype(companions[CONFIG], config, source.dtype)
@@ -186,7 +188,7 @@ def to_huggingface(
     with files.workplace(target, record, on_progress) as place:
         place.expect({name: sum(group.size for group in shard) for name, shard in zip(names, shards, strict=True)})
         for name, shard in zip(names, shards, strict=True):
-            place.part(name, partial(_write_safetensors, groups=shard))
+            place.part(name, partial(write_safetensors, groups=shard))
         for name, data in companions.items():
             files.write_bytes(place.content / name, data)
         weight_map = {
@@ -227,70 +229,33 @@ def find_like(run: Path, model: ModelConfig, like: Path | None = None) -> Path:
     )
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Tensors (names and shapes) of one type that are made together and lie in one file."""
-
-    tensors: Mapping[str, Shape]
-    dtype: str
-    make: Callable[[], Iterator[Tensor]]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    @property
-    def size(self) -> int:
-        return sum(_bytes(self.dtype, shape) for shape in self.tensors.values())
-
-
-def _entry_group(name: str, entry: Entry) -> _Group:
-    def read() -> Iterator[Tensor]:
-        yield entry.read()
-
-    return _Group({name: entry.shape}, entry.dtype, read)
-
-
 def _split(rule: Rule, source: megatron.TorchDist) -> Iterator[Tensor]:
     yield from rule.split(source.read(rule)).values()
-
-
-def _write_safetensors(stream: Stream, groups: Sequence[_Group]) -> None:
-    # Wider types first: every value lies at a multiple of its size.
-    groups = sorted(groups, key=lambda group: -BYTES[group.dtype])
-    entries = [
-        (name, group.dtype, shape, _bytes(group.dtype, shape))
-        for group in groups
-        for name, shape in group.tensors.items()
-    ]
-    stream.write(files.safetensors_header(entries))
-    for group in groups:
-        for (name, shape), tensor in zip(group.tensors.items(), group.make(), strict=True):
-            assert tuple(tensor.shape) == shape and tensor.nbytes == _bytes(group.dtype, shape), name
-            stream.write(tensor_bytes(tensor))
 
 
 def _write_bytes(stream: Stream, data: bytes) -> None:
     stream.write(data)
 
 
-def _unused_groups(like: Path, module: Any, config: Mapping[str, Any], shape: Any, dtype: str) -> list[_Group]:
+def _unused_groups(like: Path, module: Any, config: Mapping[str, Any], shape: Any, dtype: str) -> list[Group]:
     """What the model does not use and the configuration describes: carried along, from ``like``, or filled."""
     problems: list[str] = []
     if (like / UNUSED).is_file():
-        found = {entry.name: entry for entry in read_header(like / UNUSED, problems)}
+        entries = {entry.name: entry for entry in read_header(like / UNUSED, problems)}
     else:
         entries, _ = open_weights(like, module.canonical)
-        found = {name: entry for name, entry in entries.items() if module.is_unused(name, shape)}
-    groups = [_entry_group(name, entry) for name, entry in sorted(found.items())]
+    found = {name: entry for name, entry in entries.items() if module.is_unused(name, shape)}
+    problems += [
+        f"{name}: the type {entry.dtype} is not known" for name, entry in found.items() if entry.dtype not in BYTES
+    ]
+    groups = [copied(name, entry) for name, entry in sorted(found.items()) if entry.dtype in BYTES]
     for name, (dims, fill) in module.beyond(config, shape).items():
         if name in found and found[name].shape != dims:
             problems.append(f"{name}: expected {list(dims)}, found {list(found[name].shape)}")
         elif name not in found and fill is None:
             problems.append(f"{name}: missing")
         elif name not in found:
-            value = torch.full(dims, fill, dtype=next(key for key, kind in _NAMES.items() if kind == dtype))
-            groups.append(_Group({name: dims}, dtype, partial(iter, [value])))
+            groups.append(filled(name, dims, dtype, fill))
     if problems:
         raise ConversionError(
             f"{like / CONFIG} describes tensors that the model does not use and that are not in {like}, so they cannot "
@@ -313,7 +278,8 @@ def _with_dtype(raw: bytes, config: dict[str, Any], dtype: torch.dtype) -> bytes
 
 
 def _record(command: str, model: ModelConfig, made_of: Any) -> dict[str, Any]:
-    return {"format": 1, "command": command, "model": model.model_dump(mode="json"), "of": files.fingerprint(made_of)}
+    about = model.model_dump(mode="json", include={"family", "size", "shape", "dtype"})
+    return {"format": 1, "command": command, "model": about, "of": files.fingerprint(made_of)}
 
 
 def _cut(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
@@ -332,7 +298,3 @@ def _cut(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iter
 
 def _shard_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _bytes(dtype: str, shape: Shape) -> int:
-    return prod(shape) * BYTES[dtype]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -130,10 +131,13 @@ class Corpus:
     benchmark: Path
 
 
-def build(folder: Path, seed: int = 0) -> Corpus:
+def build(folder: Path, seed: int = 0, share: float = 1.0) -> Corpus:
     """Make the rows and write ``digits.parquet`` (MMFineReason's columns), ``photographs.jsonl`` (LLaVA
     conversations with a folder of images), ``textures.jsonl`` (plain rows with a folder of images) and
     ``benchmark.jsonl``.
+
+    Args:
+        share: of the rows of each fate that are made, at least one of each.
 
     Raises:
         ValueError: if scikit-image is not installed.
@@ -141,7 +145,8 @@ def build(folder: Path, seed: int = 0) -> Corpus:
     folder.mkdir(parents=True, exist_ok=True)
     items: list[Item] = []
     for place, source in enumerate(SOURCES):
-        items += _items(source, [fate for fate, counts in COUNTS.items() for _ in range(counts[place])], seed)
+        fates = [fate for fate, counts in COUNTS.items() for _ in range(math.ceil(counts[place] * share))]
+        items += _items(source, fates, seed)
     by_source = {source: [item for item in items if item.source == source] for source in SOURCES}
     files = {
         "digits": _write_digits(folder / "digits.parquet", by_source["digits"]),
@@ -358,7 +363,9 @@ def _write_digits(path: Path, items: Sequence[Item]) -> Path:
         "answer": pa.array([item.answer for item in items]),
         "image": pa.array([{"bytes": _image_of(item), "path": None} for item in items], image),
     }
-    pq.write_table(pa.table(columns), path, row_group_size=200)
+    table = io.BytesIO()
+    pq.write_table(pa.table(columns), table, row_group_size=200)
+    _write(path, table.getvalue())
     return path
 
 
@@ -399,7 +406,7 @@ def _with_images(folder: Path, items: Sequence[Item], suffix: str) -> Iterator[t
     for place, item in enumerate(items):
         name = f"{folder.name}/{place:04}.{suffix}"
         if item.fate is not Fate.MISSING_IMAGE:
-            (folder.parent / name).write_bytes(_image_of(item))
+            _write(folder.parent / name, _image_of(item))
         yield item, name
 
 
@@ -407,4 +414,10 @@ def _write_lines(
     path: Path, rows: Sequence[object], change: Callable[[int, bytes], bytes] = lambda number, line: line
 ) -> None:
     lines = (change(number, json.dumps(row).encode()) for number, row in enumerate(rows))
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    _write(path, b"".join(line + b"\n" for line in lines))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that is not there already: stages that have read it take a newer one for another one."""
+    if not path.is_file() or path.read_bytes() != data:
+        path.write_bytes(data)

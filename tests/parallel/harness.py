@@ -98,7 +98,8 @@ def gather_by_name(model: Model, pick: Callable[[Tensor], Tensor | None]) -> dic
     parts = []
     for part in sharded_tensors(model, lambda parameter: _or_zeros(pick(parameter), parameter)):
         if is_main_replica(part.replica_id):
-            parts.append((part.key, part.global_shape, _place(part), part.data.detach().float().cpu()))
+            # A copy, since pickling a view pickles all that it is a view of: here every gradient, each time.
+            parts.append((part.key, part.global_shape, _place(part), part.data.detach().float().cpu().clone()))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, parts)
     whole: dict[str, Tensor] = {}

@@ -316,6 +316,29 @@ def test_stopped_before_the_folder_got_its_name(theirs: Path, tmp_path: Path, mo
     assert contents(target) == want and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_ctrl_c_says_how_to_go_on(direction: str, theirs: Path, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "writing" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="out.partial, and the same command goes on"):
+        if direction == "to-megatron":
+            to_megatron(theirs, tmp_path / "out", on_progress=stop)
+        else:
+            to_megatron(theirs, tmp_path / "megatron")
+            export(tmp_path / "megatron", tmp_path / "out", on_progress=stop)
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_before_anything_was_noted(theirs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    for name in ("lock", ".conversion.json.tmp"):
+        (tmp_path / "out.partial" / name).touch()
+    to_megatron(theirs, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_what_was_begun_with_another_source_is_not_gone_on_with(theirs: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     killed_after(200_000, lambda on_progress: to_megatron(theirs, target, part_bytes=60_000, on_progress=on_progress))

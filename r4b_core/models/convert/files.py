@@ -51,17 +51,17 @@ class Stream:
         self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        count = memoryview(data).nbytes
         try:
+            count = memoryview(data).nbytes
             self._file.write(data)
+            self._digest.update(data)
+            self.position += count
+            self._on_bytes(count)
+            return count
         except BaseException as error:
             # torch.save hides it behind a RuntimeError.
             self.error = error
             raise
-        self._digest.update(data)
-        self.position += count
-        self._on_bytes(count)
-        return count
 
     def flush(self) -> None:
         self._file.flush()
@@ -153,7 +153,8 @@ def workplace(target: Path, record: Mapping[str, Any], on_progress: OnProgress |
     check_target(target)
     place = Workplace(target, record, on_progress)
     partial = place.partial
-    if partial.exists() and any(partial.iterdir()) and not (partial / RECORD).is_file():
+    found = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+    if partial.is_file() or (RECORD not in found and found - {"lock", f".{RECORD}.tmp"}):
         raise ConversionError(
             f"{partial} is in the way and not an unfinished conversion: move it, or give another --to"
         )

@@ -41,6 +41,10 @@ def generate(
     if (run is None) == (model is None):
         raise ValueError("give the model's folder once: r4b generate RUN ..., or r4b generate --model DIR ...")
     from r4b_core.cli.output import console, is_main_rank
+    from r4b_core.parallel import device
+
+    device.activate()  # before anything imports Megatron-Core
+
     from r4b_core.evaluate.generate import Question, ask
 
     question = Question(prompt, tuple(image or ()), system, mode, max_new_tokens, temperature, top_p, seed)
@@ -64,7 +68,7 @@ def _show(events: Iterator[Event], out: Console) -> None:
     writer = _Writer(out)
     for event in events:
         if isinstance(event, Loading):
-            writer.loading(f"reading {event.weight_bytes / 1e9:.2f} GB of weights from {event.path}")
+            writer.loading(f"reading {event.weight_bytes / 1e6:,.0f} MB of weights from {event.path}")
         elif isinstance(event, Decision):
             writer.decision(event)
         elif isinstance(event, Piece):

@@ -22,9 +22,11 @@ from r4b_core.config.recipe import DataConfig, ParallelConfig
 from r4b_core.data.packing import Response, pack_sft
 from r4b_core.data.schema import Sample
 from r4b_core.models.convert import ConversionError, find_like, to_huggingface
-from r4b_core.models.convert.parts import from_parts
+from r4b_core.models.convert.huggingface import model_of
+from r4b_core.models.convert.parts import from_parts, joined_config
 from r4b_core.models.families import build_model, resolve
 from r4b_core.models.processor import processor_of
+from r4b_core.models.r4b.processing import AnyRes
 from r4b_core.modes import BLANK_LINE
 from r4b_core.parallel import checkpoint
 from r4b_core.telemetry.locate import locate
@@ -131,6 +133,18 @@ def test_a_tokenizer_that_has_the_tag_keeps_its_bytes(tmp_path: Path, language: 
         assert (tmp_path / "r4b" / name).read_bytes() == (language / name).read_bytes()
 
 
+def test_the_published_backbones_make_the_size_4b() -> None:
+    """SigLIP2-So400m-patch14-384 and Qwen3-4B, without the fields that have transformers' defaults."""
+    vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+    vision |= dict(patch_size=14, image_size=384)
+    text = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_key_value_heads=8, rope_theta=1e6)
+    config = joined_config(vision, text | {"tie_word_embeddings": True}, 151669)
+    model = model_of(config, Path("config.json"))
+    assert (model.family, model.size, model.shape) == ("r4b", "4b", {})
+    sizes = {tuple(size) for size in config["image_grid_pinpoints"]}
+    assert sizes == set(AnyRes().sizes)
+
+
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, language: Path) -> None:
     vision, target = write_vision(tmp_path / "vision"), tmp_path / "r4b"
     with pytest.raises(ConversionError, match=r"--vision .*model_type = 'qwen3', expected siglip or"):
@@ -138,6 +152,17 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, language: Path) -> No
     with pytest.raises(ConversionError, match=r"--language .*model_type = 'siglip_vision_model', expected 'qwen3'"):
         (vision / "tokenizer.json").write_bytes((language / "tokenizer.json").read_bytes())
         from_parts(vision, vision, target)
+    settings = json.loads((vision / "config.json").read_text())
+    for changed, message in (
+        ({"num_hidden_layers": 1}, "num_hidden_layers = 1, and all layers but the last are used"),
+        ({"image_size": [30, 30]}, r"image_size = \[30, 30\] is not a whole number"),
+        ({"hidden_act": "relu"}, r"vision_config.hidden_act = 'relu'; the model is built for 'gelu_pytorch_tanh'"),
+        ({"num_hidden_layers": 5}, r"vision_model.encoder.layers.3.layer_norm1.weight: missing"),
+    ):
+        (vision / "config.json").write_text(json.dumps(settings | changed))
+        with pytest.raises(ConversionError, match=message):
+            from_parts(vision, language, target)
+    (vision / "config.json").write_text(json.dumps(settings))
     (language / "tokenizer.json").rename(language / "elsewhere")
     with pytest.raises(ConversionError, match=r"tokenizer.json is missing"):
         from_parts(vision, language, target)

@@ -107,11 +107,17 @@ def new_weight(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tens
 
 
 def joined_config(vision: Mapping[str, Any], text: Mapping[str, Any], image_token: int) -> dict[str, Any]:
-    """The ``config.json`` of the new model: what transformers calls LLaVA-OneVision, with R-4B's architecture."""
-    layers = Settings(vision).size("num_hidden_layers", 12)
-    side = Settings(vision).size("image_size", 224)
-    if layers < 2:
-        raise ConversionError(f"the vision tower has {layers} layer, and all but the last are used: take another")
+    """The ``config.json`` of the new model: what transformers calls LLaVA-OneVision, with R-4B's architecture.
+
+    Raises:
+        ConversionError: the vision tower's is nonsense.
+    """
+    eyes = Settings(vision)
+    layers, side = eyes.size("num_hidden_layers", 12), eyes.size("image_size", 224)
+    if layers == 1:
+        eyes.refuse("num_hidden_layers = 1, and all layers but the last are used")
+    if eyes.problems:
+        raise ConversionError(f"--vision: {'; '.join(eyes.problems)}: give a SigLIP2 checkpoint of one resolution")
     return {
         "architectures": ["RForConditionalGeneration"],
         "model_type": "llava_onevision",

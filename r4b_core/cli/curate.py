@@ -91,9 +91,7 @@ def demo(
 
     result = run_demo(run, _tell)
     sent, answered = result.requests["sent"], result.requests["finished"]
-    say(
-        f"the stand-ins were sent {sent:,} requests, failed {sent - answered:,} of them on purpose and answered the rest"
-    )
+    say(f"stand-ins: {sent:,} requests, {sent - answered:,} of them failed on purpose, the others answered")
     for difference in result.differences:
         say(f"not as planned: {difference}")
     if result.differences:

@@ -154,21 +154,17 @@ def _last(stages: Sequence[StageFigures], wanted: Callable[[StageFigures], bool]
 
 
 def _lengths(tokens: Counter[int], missing: int) -> Histogram:
-    """Equal steps from zero to the 99th percentile; the last bar takes the rest."""
-    total, seen, end = tokens.total(), 0, max(tokens)
-    for length in sorted(tokens):
-        seen += tokens[length]
-        if seen >= 0.99 * total:
-            end = length
-            break
-    step = _round_up(max(1, -(-end // _LENGTH_BARS)))
-    count = -(-(end + 1) // step)
+    """Equal steps from the 1st to the 99th percentile; the first and the last bar take the rest."""
+    ordered = sorted(tokens)
+    low, high = (_quantile(tokens, ordered, share) for share in (0.01, 0.99))
+    step = _round_up(max(1, -(-(high - low + 1) // _LENGTH_BARS)))
+    first = 0 if low < high / 8 else low // step
+    count = high // step + 1 - first
     bars = [0] * (count + 1)
     for length, number in tokens.items():
-        bars[min(length // step, count)] += number
-    labels = [str(i * step) for i in range(count)] + [f"≥ {count * step}"]
-    ordered = sorted(tokens)
-    mean = sum(length * number for length, number in tokens.items()) / total
+        bars[min(max(length // step - first, 0), count)] += number
+    labels = [str((first + i) * step) for i in range(count)] + [f"≥ {(first + count) * step}"]
+    mean = sum(length * number for length, number in tokens.items()) / tokens.total()
     note = f"tokens; mean {mean:,.0f}, median {_quantile(tokens, ordered, 0.5):,}, longest {ordered[-1]:,}"
     found = [Bar(label, number) for label, number in zip(labels, bars, strict=True)]
     return Histogram("Length of responses", note, found if found[-1].count else found[:-1], missing)
@@ -194,17 +190,14 @@ def _round_up(step: int) -> int:
 
 
 def _pass_rates(rates: Counter[tuple[int, int]], missing: int) -> Histogram:
-    """One bar for each number of right answers where all had as many tries, else tenths."""
-    tries = {number for _, number in rates}
-    mean = sum(count * right / number for (right, number), count in rates.items()) / rates.total()
-    if len(tries) == 1:
-        (number,) = tries
-        bars = [Bar(f"{right}/{number}", rates[right, number]) for right in range(number + 1)]
-    else:
-        tenths: Counter[int] = Counter()
-        for (right, number), count in rates.items():
-            tenths[min(10 * right // number, 9)] += count
-        bars = [Bar(f"{tenth / 10:.1f}", tenths[tenth]) for tenth in range(10)]
-    return Histogram(
-        "Pass rate of the student", f"right answers among the judged tries; mean {mean:.2f}", bars, missing
-    )
+    """One bar for each number of right answers among as many tries as most records have."""
+    by_tries: Counter[int] = Counter()
+    for (_, tries), count in rates.items():
+        by_tries[tries] += count
+    usual = max(by_tries, key=lambda tries: (by_tries[tries], tries))
+    bars = [Bar(f"{right}/{usual}", rates[right, usual]) for right in range(usual + 1)]
+    mean = sum(count * right / tries for (right, tries), count in rates.items()) / rates.total()
+    note = f"right answers among the judged tries; mean {mean:.2f}"
+    if others := by_tries.total() - by_tries[usual]:
+        note += f"; {others:,} with another number of tries"
+    return Histogram("Pass rate of the student", note, bars, missing)

@@ -83,8 +83,8 @@ class Alarms:
         seen, lost = ("hardly ever thinks", "thinking") if value < low else ("nearly always thinks", "a direct answer")
         message = (
             f"the free thinking rate is {value:.3f}, for {self._outside} probes outside [{low:g}, {high:g}]: the model "
-            f"{seen}, so it cannot learn where {lost} is better; use bpo.rollouts: both, another bpo.mix or a "
-            "larger bpo.kl_coef, or widen bpo.thinking_band if this is wanted"
+            f"{seen}, so it cannot learn where {lost} is better; use bpo.rollouts: both, another bpo.mix "
+            "(of records: bpo.bands), a larger bpo.kl_coef, or widen bpo.thinking_band if this is wanted"
         )
         return self._edge("collapse", self._outside >= self.patience, Alarm("thinking_collapse", message))
 
@@ -102,6 +102,6 @@ class Alarms:
             return []
         message = (
             f"{value:.0%} of the groups have equal rewards throughout and teach nothing; use harder or easier prompts "
-            "(bpo.mix), a larger bpo.group_size, or bpo.drop_zero_variance: true"
+            "(bpo.mix; of records bpo.bands), a larger bpo.group_size, or bpo.drop_zero_variance: true"
         )
         return self._edge(name, value > ZERO_VARIANCE_LIMIT, Alarm("zero_variance", message))

@@ -22,8 +22,15 @@ NEGLIGIBLE = 0.002
 OUTLIER = 3.0
 LOG_RANGE = 20.0
 DIFFICULTY_COLORS = 6
-DIFFICULTY_ORDER = ("easy", "direct", "mid", "medium", "hard")
+DIFFICULTY_ORDER = ("overall", "easy", "direct", "mid", "medium", "hard")
 DASHES = ("dot", "dashdot", "dash", "solid", "longdash", "longdashdot")
+LOSSES = {
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "kl": "KL to the annealed model",
+    "distill/divergence": "divergence from the teacher",
+    "data/fill": "fill of packed sequences",
+}
 FREE_BY_DIFFICULTY = "thinking_rate/free/difficulty/"
 PROBABILITY_BY_DIFFICULTY = "decision/probability/free/difficulty/"
 
@@ -226,12 +233,15 @@ def learning_section(records: Sequence[Record]) -> Section:
 def loss_section(records: Sequence[Record]) -> Section:
     section = Section("losses", "Losses and gradients", "By stage.", missing="No training steps were logged yet.")
     for stage in stages_of(records):
-        for name, title in (("loss", "loss"), ("grad_norm", "gradient norm"), ("kl", "KL to the annealed model")):
+        for name, title in LOSSES.items():
             lines = smoothed(title, *series_of(records, stage, name), "auto")
             if lines:
                 values = [value for value in lines[0].y if value is not None]
                 wide = bool(values) and min(values) > 0 and max(values) > LOG_RANGE * min(values)
-                section.panels.append(Panel(f"{stage}: {title}", "lines", lines, "step", log=wide))
+                share = name == "data/fill"
+                section.panels.append(
+                    Panel(f"{stage}: {title}", "lines", lines, "step", log=wide and not share, percent=share)
+                )
     return section
 
 

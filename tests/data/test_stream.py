@@ -11,16 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from r4b_core.config.recipe import DataConfig, ModelConfig
 from r4b_core.data.batch import PackedBatch
+from r4b_core.data.encoding import encode_response
 from r4b_core.data.files import RecordFiles
 from r4b_core.data.packing import unpack
-from r4b_core.data.records import Record, image_size, to_sample, write_records
+from r4b_core.data.records import Record, image_size, to_sample, to_table, write_records
 from r4b_core.data.stream import Lane, Order, Planner, RecordStream, Step, joined
 from r4b_core.models.processor import Processor, processor_of
 from tests.models.processing_oracle import photographs
@@ -362,3 +366,41 @@ def test_batches_are_as_wide_as_asked(data: Path, processor: Processor) -> None:
     assert step.tokens / (2 * CAPACITY) > 0.7
     for batch in step.batches:
         assert set(batch.tokens[int(batch.layout.offsets[-1]) :].tolist()) <= {processor.tokenizer.pad_token}
+
+
+def test_a_teachers_columns_come_along(tmp_path: Path, processor: Processor) -> None:
+    records = make_records(12)
+    lengths = []
+    for record in records:
+        sample = to_sample(record, images=False)
+        lengths.append(len(encode_response(processor.tokenizer, sample)))
+    ids = [[[number, 300 + row % 9] for row in range(length)] for number, length in enumerate(lengths)]
+    ids[1] = ids[1][:-1]  # another tokenizer's
+    logprobs = [[[-0.5, -1.5][: len(slots)] for slots in rows] for rows in ids]
+    ids[2][0], logprobs[2][0] = [2], [-0.5]
+    table = (
+        to_table(records)
+        .append_column("teacher_ids", pa.array(ids))
+        .append_column(
+            "teacher_logprobs", pa.array([None if number == 3 else rows for number, rows in enumerate(logprobs)])
+        )
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    files = RecordFiles([f"{tmp_path}/a.parquet"], "data.train", ["teacher_ids", "teacher_logprobs"])
+    planner = Planner(processor, CAPACITY, teacher_slots=3)
+    seen: dict[int, torch.Tensor] = {}
+    with RecordStream(files, planner, lanes=1, seed=0, lookahead=12) as mine:
+        steps = [mine.next() for _ in range(8)]
+    for step in steps:
+        (batch,) = step.batches
+        slots, said = batch.row_data["teacher_ids"], batch.row_data["teacher_logprobs"]
+        assert slots.shape == said.shape == (batch.num_rows, 3) and bool((slots[:, 2] == -1).all())
+        for sequence in range(batch.num_sequences):
+            rows = slots[batch.row_sequence == sequence]
+            seen[int(rows[1, 0])] = rows
+            assert rows[1, 0] == -1 or said[batch.row_sequence == sequence][1].tolist() == [-0.5, -1.5, 0.0]
+    assert set(seen) == {-1, *range(12)} - {1, 3}
+    assert seen[2][0].tolist() == [2, -1, -1] and seen[4][:, :2].tolist() == ids[4]
+    bad = [record for step in steps for record in step.bad]
+    assert {record.id for record in bad} == {records[1].key}
+    assert "the teacher's tokens are not those of this tokenizer" in bad[0].detail

@@ -23,9 +23,9 @@ from r4b_core.curate.wire import ServedModel
 from r4b_core.data.records import Record, write_records
 
 QUICK = CallSettings(
-    connect_timeout_s=2,
-    total_timeout_s=5,
-    idle_timeout_s=0.3,
+    connect_timeout_s=10,
+    total_timeout_s=30,
+    idle_timeout_s=10,
     tries=4,
     backoff_s=0.01,
     max_backoff_s=0.05,

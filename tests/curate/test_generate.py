@@ -24,7 +24,18 @@ from r4b_core.curate.stage import Outcome
 from r4b_core.curate.store import folder_counts
 from r4b_core.data.records import Record, read_records
 from r4b_core.rewards.answer import extract_answer
-from tests.curate.served import faulty_rules, output, picture, plan, records, rules, run_asking, served, write_parts
+from tests.curate.served import (
+    QUICK,
+    faulty_rules,
+    output,
+    picture,
+    plan,
+    records,
+    rules,
+    run_asking,
+    served,
+    write_parts,
+)
 
 
 def generate(rows: list[Record], settings: GenerateSettings, journal: Path) -> Outcome:
@@ -80,7 +91,8 @@ def test_what_fails_for_good_is_dropped_and_counted(tmp_path: Path) -> None:
     rows[13].images = [b"no picture"]
     rows[14].question = "<image> and <image>?"
     with serve(plan({"stand-in": table})) as server:
-        settings = GenerateSettings(teacher=served(server.url))
+        impatient = QUICK.model_copy(update={"idle_timeout_s": 0.5, "tries": 3})
+        settings = GenerateSettings(teacher=served(server.url, calls=impatient))
         outcome = generate(rows, settings, tmp_path / "journal")
         first = server.counts()["sent"]
         again = generate(rows, settings, tmp_path / "journal")
@@ -121,7 +133,7 @@ def test_other_settings_mean_other_answers_and_cost_no_old_ones(tmp_path: Path) 
         assert generate(records(4), warm, tmp_path / "journal") == first
         edited = records(4)
         edited[1].question += " Really?"
-        edited[2].images = [picture(64, 64)]
+        edited[2].images = [picture()[:-1] + b"?"]  # as many bytes as before
         generate(edited, warm, tmp_path / "journal")
         assert sorted(server.counts()["sent"].values()) == [2, 2, 3, 3]
     assert warm.content == patient.content != cold.content

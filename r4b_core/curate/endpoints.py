@@ -163,7 +163,7 @@ class Endpoint:
     openings: int = 0
     is_open: bool = False
     paused_until: float = 0.0
-    last_success: float = 0.0
+    last_alive: float = 0.0
     last_warning: float = -_SECONDS_BETWEEN_WARNINGS
     has_answered: bool = False
     is_hopeless: bool = False
@@ -203,7 +203,7 @@ class Pool:
         self._probing: set[asyncio.Task[None]] = set()
         self._stopped: EndpointError | None = None
         for endpoint in self.endpoints:
-            endpoint.last_success = self._loop.time()
+            endpoint.last_alive = self._loop.time()
 
     async def start(self) -> None:
         """Probe every endpoint; go on once one is in order.
@@ -221,7 +221,7 @@ class Pool:
                 raise self._error("no endpoint can be used")
             await asyncio.sleep(min(2.0, self.calls.wait_s))
         for endpoint, is_ready in zip(self.endpoints, ready, strict=True):
-            endpoint.last_success = self._loop.time()
+            endpoint.last_alive = self._loop.time()
             if not is_ready:
                 self._open(endpoint)
 
@@ -255,16 +255,16 @@ class Pool:
         """It gave an answer, or refused a single request by good arguments."""
         endpoint.failures = endpoint.openings = 0
         endpoint.has_answered = True
-        endpoint.last_success = self._loop.time()
+        endpoint.last_alive = self._loop.time()
 
     def failed(self, endpoint: Endpoint, failure: Failure, detail: str, retry_after: float | None) -> None:
         """A try failed for the endpoint's sake."""
         endpoint.failure, endpoint.detail = failure, detail
         if failure is Failure.RATE_LIMITED:
+            endpoint.last_alive = self._loop.time()
             if retry_after:
                 endpoint.paused_until = max(endpoint.paused_until, self._loop.time() + retry_after)
                 self._loop.call_later(retry_after, self._wake)
-            self._stop_if_out()
             return
         endpoint.failures += 1
         if endpoint.is_open:
@@ -347,7 +347,7 @@ class Pool:
             self.stop(self._error("every endpoint refuses"))
 
     def _stop_if_out(self) -> None:
-        silent = self._loop.time() - max(endpoint.last_success for endpoint in self.endpoints)
+        silent = self._loop.time() - max(endpoint.last_alive for endpoint in self.endpoints)
         if silent >= self.calls.outage_s:
             self.stop(self._error(f"no endpoint has answered for {silent:.0f} s (outage_s)"))
 

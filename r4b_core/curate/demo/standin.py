@@ -331,10 +331,14 @@ def serve(plan: Plan, port: int = 0) -> Running:
     Raises:
         ValueError: if it cannot listen there.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), str(port)]
-    root = str(Path(__file__).resolve().parents[3])
+    here = Path(__file__).resolve()
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": root}
+        [sys.executable, "-P", str(here), str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(here.parents[3])},
+        start_new_session=True,  # Ctrl-C is for whoever started it
     )
     assert process.stdin and process.stdout and process.stderr
     process.stdin.write(json.dumps(asdict(plan)).encode() + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from r4b_core.curate.stats.collect import MAX_SOURCES, OTHER, collect
 from r4b_core.curate.stats.samples import MAX_PER_REASON, collect_samples
 from r4b_core.curate.store import Partition, open_stage
 from r4b_core.data.records import Record
+from tests.browser import browse, needs_browser
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & \u2028 {{ 7919*7919 }} \" '"
 
@@ -162,3 +164,11 @@ def test_small_sources_go_together(tmp_path: Path) -> None:
 def test_a_folder_without_stages_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no output of a stage"):
         write_stats(tmp_path)
+
+
+@needs_browser
+def test_a_browser_shows_the_records_and_runs_nothing_hostile(run: Path, tmp_path: Path) -> None:
+    dom, console = browse(write_stats(run), tmp_path / "profile", "--dump-dom")
+    assert console == "" and 'data-ready="true"' in dom
+    assert len(re.findall(r'<img alt="image of the question" src="data:', dom)) == 1
+    assert "kept by score (40)" in dom and re.search(r"student \d of 4 right", dom)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,36 +11,9 @@ import pytest
 from PIL import Image
 
 from r4b_core.telemetry.report import write_report
+from tests.browser import browse, needs_browser
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="needs Chromium or Chrome on the PATH (apt-get install chromium)"
-)
-
-
-def browse(page: Path, profile: Path, *arguments: str) -> tuple[str, str]:
-    """(standard output, errors) of one headless visit; the page notes its errors on its root element."""
-    command = [
-        str(BROWSER),
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        f"--user-data-dir={profile}",
-        "--virtual-time-budget=8000",
-        "--enable-logging=stderr",
-        "--v=0",
-        *arguments,
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    root = re.search(r"<html[^>]*>", done.stdout)
-    errors = root[0] if root and "data-errors" in root[0] else ""
-    return done.stdout, errors + "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+pytestmark = needs_browser
 
 
 def test_every_plot_is_drawn_and_nothing_fails(finished_run: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path | str) -> ModelConfig:
     """The ``model`` section of a recipe for a Hugging Face checkpoint; its processor is the folder itself.
 
-    The type is that of the weights where the folder has any, else what ``config.json`` says.
+    The type is that of most weights where the folder has any, else what ``config.json`` says.
 
     Raises:
         ConversionError: it is no checkpoint of a known family, or of one with features that the model does not have.
@@ -95,10 +95,8 @@ def read_config(folder: Path | str) -> ModelConfig:
     values = read_json(folder / CONFIG)
     model = model_of(values, folder / CONFIG)
     weights, _ = open_weights(folder, convert_module(model.family).canonical)
-    found = {DTYPES[entry.dtype] for entry in weights.values() if entry.dtype in DTYPES}
-    return model.model_copy(
-        update={"dtype": found.pop() if len(found) == 1 else model.dtype, "processor": str(folder.resolve())}
-    )
+    dtype = DTYPES.get(_common_dtype([entry.dtype for entry in weights.values()]), model.dtype)
+    return model.model_copy(update={"dtype": dtype, "processor": str(folder.resolve())})
 
 
 def model_of(values: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -294,7 +292,7 @@ def check_tensors(
         elif entry.dtype != dtype:
             problems.append(f"{name}: expected the type {dtype} of most tensors, found {entry.dtype}")
         elif entry.dtype not in DTYPES:
-            problems.append(f"{name}: the type {entry.dtype} is neither F32 nor BF16")
+            problems.append(f"{name}: the type {entry.dtype} is neither F32 nor BF16; save it as one of them")
     problems += [
         f"{name}: the type {entry.dtype} is not known" for name, entry in unused.items() if entry.dtype not in BYTES
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import pickle
+import socket
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from r4b_core.curate.runner import Advance, Process, Work, run_partition
 from r4b_core.curate.store import Partition, StageError, StageStore
 
 LOCAL = "local"
+KNOCK_SECONDS = 10.0
 
 
 def run_stage_on_ray(store: StageStore, work: Work, address: str, advance: Advance = lambda n: None) -> None:
@@ -60,6 +62,7 @@ def connect(address: str) -> Any:
     except ImportError:
         raise StageError("--ray: ray is not installed: pip install 'r4b[ray]', or leave --ray out") from None
     if not ray.is_initialized():
+        _knock(address)
         try:
             alone = address == LOCAL
             ray.init(
@@ -68,6 +71,19 @@ def connect(address: str) -> Any:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise StageError(f"--ray {address}: no Ray cluster answers there ({error}); `local` starts one") from error
     return ray
+
+
+def _knock(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would wait there for minutes."""
+    if address in (LOCAL, "auto"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise StageError(f"--ray {address}: an address is local, auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise StageError(f"--ray {address}: no Ray cluster answers there ({error}); `local` starts one") from error
 
 
 def _result(ray: Any, reference: Any, store: StageStore, partition: Partition) -> tuple[str, int]:

@@ -234,18 +234,19 @@ class _Parser:
                 raise Unreadable("two signs")
             value = self._product()
             return _negative(value) if minus else value
-        value, divided = self._power(), False
+        value, divided = self._power(), False  # divided: a letter that follows may be meant to be divided by
         while (kind := self._peek()) not in (None, "+", "-", ")", "}", "]"):
             if kind == "*":
                 self._take("*")
                 value = value * self._signed()
             elif kind == "/":
+                divided = value.rational is None or self._peek(1) != "number"
                 self._take("/")
-                value, divided = value * self._signed().inverse(), True
+                value = value * self._signed().inverse()
             elif kind in ("number", "^", "[", "/"):
                 raise Unreadable("two numbers side by side")
             elif divided:
-                raise Unreadable("1/2x has two readings")
+                raise Unreadable("a/2x has two readings")
             else:
                 value = value * self._power()
         return value

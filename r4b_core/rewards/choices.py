@@ -137,6 +137,9 @@ def _text_reference(said: Choice, gold: str, options: dict[str, str], compare: C
     if letter.upper() in options and (letter.isupper() or len(said.text) == 0):
         verdict = compare(options[letter.upper()], gold)
         if verdict is None or verdict.outcome is Outcome.UNDECIDED:
+            others = [text for other, text in options.items() if other != letter.upper()]
+            if not said.text and any(_same(compare(text, gold)) for text in others):
+                return wrong("another choice")
             return undecided("the option chosen cannot be compared")
         if said.text and _same(verdict) != _same(compare(said.text, gold)):
             return undecided("letter and text name different choices")

@@ -17,6 +17,7 @@ _LIST = re.compile(r"\s*[,;]\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|\s*&\s*")
 _SPACED_LIST = re.compile(r"\s*(?:,\s|;)\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+|\s*&\s*")
 _GROUPED_DIGITS = re.compile(r"[0-9],[0-9]{3}(?![0-9])")
 _UNION = re.compile(r"\s*∪\s*|\s+U\s+|(?<=[)\]])\s*U\s*(?=[(\[])")
+_BUILDER = re.compile(r"[⟨{]\s*[a-zA-Z]\s*(?:∈\s*\S+\s*)?[|:]\s*(.+)[⟩}]")
 _MEMBER = re.compile(r"[A-Za-z]\s*∈\s*")
 _RELATION = re.compile(r"\s*([<>≤≥])\s*")
 _BOUND = re.compile(r"[A-Za-z]|\\[a-z]+")
@@ -51,6 +52,8 @@ Compare = Callable[[str, str], Verdict | None]
 def read_group(text: str) -> Group | None:
     """The parts of a text in the notation of `text.clean`; None where it has no parts."""
     text = _MEMBER.sub("", text, count=1) if "∈" in text else text
+    if builder := _BUILDER.fullmatch(text):
+        text = builder[1].strip()
     if text == "∅":
         return Group(Kind.SET, ())
     if "∪" in text or " U " in text or "U(" in text:

@@ -6,7 +6,8 @@ Numbers. Values are compared exactly. A reference with two or more decimals stan
 does an answer with fewer digits than the reference. Nothing else is near enough.
 
 Units. A unit missing on one side is forgiven; two units of one dimension are converted exactly; units of different
-dimensions make the answer wrong. 50% is 0.5; it is 50 too, but only above 1 or where the question speaks of per cent.
+dimensions make the answer wrong. 50% is 0.5. A reference of 50% takes 50 too, one of 0.5% leaves 0.5 undecided, and
+one of 50 takes 50% where the question speaks of per cent; else that is undecided.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from r4b_core.rewards.algebra import PI, TooLarge, Unreadable, Value, read_decimal, read_value
 from r4b_core.rewards.choices import compare_choices, read_options
@@ -41,7 +43,7 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_LABEL = re.compile(r"(?:final\s+)?(?:answer|ans|答案)\s*(?:[:=]|是|为)\s*", re.IGNORECASE)
-_ABOUT = re.compile(r"(?:≈|~|\b(?:about|approximately|approx\.?|around|roughly|nearly)\b)\s*", re.IGNORECASE)
+_ABOUT = re.compile(r"(?:=|≈|~|\b(?:about|approximately|approx\.?|around|roughly|nearly)\b)\s*", re.IGNORECASE)
 _NAME = re.compile(
     r"(?:[A-Za-z](?:_\{?\w{1,8}\}?)?'?|\\[a-z]{2,7}|[A-Z]{2,3}|m?\s*∠\s*\w{1,3}|[A-Za-z]\([a-z]\)|"
     r"\([a-z](?:\s*,\s*[a-z])+\)|[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,3}|∠)"
@@ -53,6 +55,7 @@ _ORDINAL = re.compile(r"([0-9]+)(?:st|nd|rd|th)", re.IGNORECASE)
 _FUNCTIONS = re.compile(
     r"\\[A-Za-z]+|\b(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp|lim|max|min|det|mod|gcd|lcm|pi|sqrt)\b"
 )
+_BARE_FUNCTION = re.compile(r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln|exp)(?![A-Za-z])")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
 _PROSE = re.compile(
     r"[^\W\d_]{3,}|[@#?\"]|[^\x00-\x7fπ∞±∪∅≤≥≠≈∈∠°√⟨⟩△→]|\b(?:an|as|at|be|by|if|in|is|it|no|of|on|or|so|to|we)\b",
@@ -88,10 +91,22 @@ def compare(answer: str, gold: str, question: str | None = None) -> Verdict | No
     if len(answer) > MAX_CHARACTERS or len(gold) > MAX_CHARACTERS:
         return undecided(f"longer than {MAX_CHARACTERS} characters")
     question = question or ""
+    if "_" in answer + gold and "\\" not in answer + gold and _flat(answer) == _flat(gold):
+        return right("same text but for subscripts")
     rules = _Rules(question)
     answer, gold = _without_lead(answer), _without_lead(gold)
-    verdict = compare_choices(answer, gold, read_options(question) if question else {}, rules.compare)
+    verdict = compare_choices(answer, gold, _options(question), rules.compare)
     return verdict or rules.compare(answer, gold)
+
+
+@lru_cache(256)
+def _options(question: str) -> dict[str, str]:
+    return {letter: clean(text) for letter, text in read_options(question).items()}
+
+
+def for_mathematics(text: str) -> str:
+    """The text as math-verify reads it best: functions as commands, so that sin(x) is no product."""
+    return _BARE_FUNCTION.sub(r"\\\1", text)
 
 
 def _without_lead(text: str) -> str:
@@ -280,7 +295,7 @@ class _Rules:
         if as_number[0] == as_number[1] and not (self._percent and bare > 1):
             return right("same number as a percentage")
         if said == meant:
-            clear = abs(bare) > 1 or self._percent
+            clear = self._percent or (wanted.percent and abs(bare) > 1)
             return right("same percentage") if clear else undecided("per cent or not")
         verdicts = [
             _near(said, meant, _decimals(wanted.number), _decimals(quantity.number)),
@@ -463,6 +478,10 @@ def _ratio(text: str) -> tuple[Fraction, ...] | None:
 def _minutes(clock: re.Match[str]) -> int:
     hour, half = int(clock[1] or clock[4]), (clock[3] or clock[5]).lower()
     return (hour % 12 + 12 * (half == "p")) * 60 + int(clock[2] or 0)
+
+
+def _flat(text: str) -> str:
+    return text.replace("_", "").replace("{", "").replace("}", "")
 
 
 def _balanced(text: str) -> bool:

@@ -51,6 +51,7 @@ _COMMANDS = {
     **dict.fromkeys(("quad", "qquad", "space", "limits"), " "),
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
     **dict.fromkeys(("colon",), ":"),
+    **dict.fromkeys(("mid", "vert"), "|"),
     **{"div": "/", "pi": "π", "infty": "∞", "pm": "±", "cup": "∪", "in": "∈", "angle": "∠", "percent": "%"},
     **{"euro": "€", "pounds": "£", "Omega": "Ω", "mu": "µ", "to": "→", "rightarrow": "→", "triangle": "△"},
 }

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from r4b_core.rewards.rules import compare
+from r4b_core.rewards.rules import compare, for_mathematics
 from r4b_core.rewards.verdict import Outcome, Verdict
 
 __all__ = ["Outcome", "Verdict", "Verifier"]
@@ -81,7 +81,8 @@ class Verifier:
         if hard and not self.mathematics:
             solved = dict.fromkeys(hard, Verdict(Outcome.WRONG, "not the same text"))
         elif hard:
-            solved = dict(zip(hard, self.in_workers(hard), strict=True))
+            readable = [(for_mathematics(answer), for_mathematics(gold)) for answer, gold in hard]
+            solved = dict(zip(hard, self.in_workers(readable), strict=True))
         result = [verdicts[key] or solved[key[0]] for key in asked]
         self.counts.update(verdict.outcome for verdict in result)
         return result

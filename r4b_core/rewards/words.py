@@ -15,6 +15,7 @@ _DOUBT = re.compile(
     r"incorrect|wrong)\b|n't\b",
     re.IGNORECASE,
 )
+_BACK = re.compile(r"\b(?:but|however|actually|wait|unless|or|true|yes|maybe|perhaps|instead)\b", re.IGNORECASE)
 _NEGATION = frozenset("not no never non neither nor isn't aren't doesn't don't without cannot can't un".split())
 _ARTICLES = frozenset("a an the".split())
 _WORD = re.compile(r"[^\W_]+(?:'[a-z]+)?")
@@ -61,7 +62,10 @@ def read_bool(text: str) -> bool | None:
     if folded in _YES or folded in _NO:
         return folded in _YES
     match = _REST.fullmatch(folded)
-    if match is None or match["word"] not in _YES | _NO or _DOUBT.search(match["rest"]):
+    if match is None or match["word"] not in _YES | _NO:
+        return None
+    # A "no" may go on with negations; a "yes" that does may be taking itself back.
+    if (_DOUBT if match["word"] in _YES else _BACK).search(match["rest"]):
         return None
     return match["word"] in _YES
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r4b_core.curate.verify.judge import JudgeReply, judge_prompt, read_judgement
@@ -44,6 +44,7 @@ def test_a_reply_cut_off_decides_nothing(finish_reason: str | None) -> None:
 
 
 @given(st.text(max_size=200))
+@settings(deadline=None)
 def test_only_the_two_lines_decide(text: str) -> None:
     assert outcome(text) == "undecided"
 

@@ -41,6 +41,7 @@ def is_right(answer: str, gold: str, question: str | None = None) -> bool:
 
 
 @given(INTEGERS, INTEGERS, FORMATS, FORMATS)
+@settings(deadline=None)
 def test_integers_are_right_where_they_are_equal(said: int, meant: int, left: str, right: str) -> None:
     verdict = compare(left.format(said), right.format(meant))
     assert verdict is not None and (verdict.outcome is Outcome.RIGHT) == (said == meant)
@@ -48,6 +49,7 @@ def test_integers_are_right_where_they_are_equal(said: int, meant: int, left: st
 
 
 @given(st.fractions(max_denominator=60), st.fractions(max_denominator=60), st.booleans())
+@settings(deadline=None)
 def test_fractions_are_right_where_they_are_equal(said: Fraction, meant: Fraction, latex: bool) -> None:
     over, under = said.numerator, said.denominator
     answer = f"\\frac{{{over}}}{{{under}}}" if latex else f"{over}/{under}"
@@ -56,12 +58,14 @@ def test_fractions_are_right_where_they_are_equal(said: Fraction, meant: Fractio
 
 
 @given(st.decimals(-1000, 1000, places=4), st.decimals(-1000, 1000, places=2))
+@settings(deadline=None)
 def test_a_decimal_is_right_only_where_it_rounds_to_the_reference(said: object, meant: object) -> None:
     if is_right(str(said), str(meant)):
         assert abs(Fraction(str(said)) - Fraction(str(meant))) <= Fraction(1, 200)
 
 
 @given(INTEGERS, INTEGERS, st.sampled_from(["cm", "m^2", "kg", "dollars", "apples", "°", "%", "km/h"]))
+@settings(deadline=None)
 def test_a_unit_does_not_make_another_number_right(said: int, meant: int, unit: str) -> None:
     if abs(said) != 100 * abs(meant) and abs(meant) != 100 * abs(said):
         assert not is_right(f"{said} {unit}", str(meant)) or said == meant
@@ -107,7 +111,7 @@ def test_normal_forms_agree_with_sympy(left: str, right: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["cat", "1/2x", "2 3", "((1)", "1+", "\\sin(1)", "x^y", "1/(x+1)", "\\sqrt{x}", "5!", ""]
+    "text", ["cat", "x/2y", "2 3", "((1)", "1+", "\\sin(1)", "x^y", "1/(x+1)", "\\sqrt{x}", "5!", ""]
 )
 def test_other_expressions_are_refused(text: str) -> None:
     with pytest.raises(Unreadable):

@@ -66,10 +66,11 @@ def test_generate_answers_about_an_image(
     arguments = ("generate", straight, "--image", board[0], "--prompt", board[1], "--mode", mode)
     ended = server.run(*arguments)
     assert ended.status == 0, ended.output
-    taken = re.search(r"\[(thinking|direct|auto); p\(think\) = 0\.\d{3}\]$", ended.output.strip())
-    assert taken and (mode == "auto" or taken[1] == mode)
+    head = r"p\(think\) = 0\.\d{3}, p\(direct\) = 0\.\d{3}; (forced|chose): (thinking|direct|neither)\n"
+    taken = re.search(head, ended.output)
+    assert taken and taken[1] == ("chose" if mode == "auto" else "forced"), ended.output
     if mode != "auto":
-        assert ("\n\n</think>" in ended.output) is (mode == "direct")
+        assert taken[2] == mode and ("<think>\n" in ended.output) is (mode == "thinking")
     assert server.run(*arguments).output == ended.output
 
 

@@ -326,11 +326,11 @@ def _packaged(name: str) -> Pixels:
     try:
         import skimage
     except ModuleNotFoundError:
-        raise ValueError("the demo's pictures need scikit-image: pip install 'r4b[curate]'") from None
+        raise ValueError("the demo's pictures need scikit-image: pip install 'r4b[demo]'") from None
     folder = Path(skimage.__file__).parent / "data"
     found = [path for path in (folder / f"{name}.png", folder / f"{name}.jpg") if path.is_file()]
     if not found:
-        raise ValueError(f"{folder}: this scikit-image has no picture {name}: pip install 'r4b[curate]'")
+        raise ValueError(f"{folder}: this scikit-image has no picture {name}: pip install 'r4b[demo]'")
     return np.asarray(Image.open(found[0]))
 
 

@@ -188,11 +188,17 @@ def _plain(data: bytes, side: int, min_side: int) -> str | None:
             and min(image.size) >= min_side
             and not image.has_transparency_data
             and getattr(image, "n_frames", 1) == 1
-            and image.getexif().get(_EXIF_ORIENTATION, _UPRIGHT) == _UPRIGHT
+            and _is_upright(image, data)
         )
     except Exception:  # whatever Pillow makes of a hostile header: open_image says what is wrong
         return None
     return str(image.format).lower() if plain and image.format in IMAGE_FORMATS else None
+
+
+def _is_upright(image: Image.Image, data: bytes) -> bool:
+    if image.format == "PNG":  # its EXIF block may come last: to look for it, Pillow would decode the picture
+        return b"eXIf" not in data
+    return image.getexif().get(_EXIF_ORIENTATION, _UPRIGHT) == _UPRIGHT
 
 
 @dataclass(frozen=True, slots=True)

@@ -418,10 +418,15 @@ def test_an_error_in_a_stream_is_the_servers() -> None:
 def test_images_are_sent_as_they_are_or_as_training_sees_them() -> None:
     plain = picture(100, 60, "JPEG", quality=80)
     assert data_url(plain, 2048, 32, 90) == f"data:image/jpeg;base64,{base64.b64encode(plain).decode()}"
-    turned = picture(64, 40, "JPEG", exif=_orientation(6))
+    turned, turned_png = (picture(64, 40, kind, exif=_orientation(6)) for kind in ("JPEG", "PNG"))
     clear = io.BytesIO()
     Image.new("RGBA", (50, 50), (255, 0, 0, 0)).save(clear, "PNG")
-    for data, size in ((picture(3000, 100), (2048, 68)), (picture(400, 10), (400, 32)), (turned, (40, 64))):
+    for data, size in (
+        (picture(3000, 100), (2048, 68)),
+        (picture(400, 10), (400, 32)),
+        (turned, (40, 64)),
+        (turned_png, (40, 64)),
+    ):
         sent = _sent(data)
         assert (sent.shape[1], sent.shape[0]) == size
     assert _sent(clear.getvalue()).min() > 250  # transparent is white, as `open_image` has it

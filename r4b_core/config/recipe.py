@@ -293,6 +293,7 @@ class EvaluateConfig(Settings):
         "held-out records in all",
     )
     batch: int = Field(128, ge=1, description="requests decoded together")
+    max_new_tokens: int | None = Field(None, ge=4, description="budget of an answer; none: that of bpo")
 
 
 class CheckpointConfig(Settings):

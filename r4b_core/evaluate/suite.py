@@ -24,7 +24,7 @@ from r4b_core.rewards.verify import Verifier
 from r4b_core.rollout.engine import EmbeddedEngine
 from r4b_core.rollout.gather import generate_groups
 from r4b_core.rollout.types import FinishReason, Group, Request, Rollout, SamplingParams
-from r4b_core.stages.source import agreed, held_out_files, room
+from r4b_core.stages.source import agreed, held_out_files
 
 FAMILIES = ("easy", "mid", "hard")
 OVERALL = "overall"
@@ -127,7 +127,7 @@ def evaluate_records(recipe: Recipe, runtime: Runtime, processor: Processor, eng
     files = held_out_files(recipe)
     if files is None:
         raise ValueError("data.held_out_files is empty: name files of records to evaluate on")
-    prompts = Prompts(files, processor, room(recipe))
+    prompts = Prompts(files, processor, recipe.packing.capacity)
     places = choose(recipe.evaluate.items, len(prompts), recipe.seed)
     groups: list[Group] = []
     with Verifier(mathematics=True) as verifier:
@@ -143,7 +143,7 @@ def evaluate_records(recipe: Recipe, runtime: Runtime, processor: Processor, eng
     if not groups:
         raise ValueError(
             f"data.held_out_files: none of {len(places)} records can be used: they need a question, sound images, a "
-            "reference answer, and room for a response in packing.capacity"
+            "reference answer, and no more tokens than packing.capacity"
         )
     sources: dict[str, list[Group]] = {}
     for group in groups:
@@ -185,6 +185,6 @@ def _generate(
     recipe: Recipe, runtime: Runtime, engine: EmbeddedEngine, prompts: Sequence[Prompt], modes: Sequence[Mode]
 ) -> list[Group]:
     requests = [Request(prompt, mode, 0) for prompt in range(len(prompts)) for mode in modes]
-    params = SamplingParams(recipe.bpo.max_new_tokens, temperature=0.0)
+    params = SamplingParams(recipe.evaluate.max_new_tokens or recipe.bpo.max_new_tokens, temperature=0.0)
     samples, encoded = [prompt.sample for prompt in prompts], [prompt.encoded for prompt in prompts]
     return generate_groups(engine, runtime, samples, encoded, requests, params)

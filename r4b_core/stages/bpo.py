@@ -55,7 +55,7 @@ def bpo(job: Job) -> None:
                 values |= probe(job, engine, reward, step)
             groups, prompts, drawn = collect(job, engine, reward, step)
             values |= drawn
-            batches = pack(job, groups, prompts)
+            batches = [batch.to(job.runtime.device) for batch in pack(job, groups, prompts)]
             with timeline("reference"):
                 if reference is not None:
                     add_column(job, stage, batches, "ref_logprob", reference)

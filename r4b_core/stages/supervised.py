@@ -38,10 +38,13 @@ def train_on_records(
     if config.steps == 0 or job.is_past(name):
         return
     stage = job.begin(name, config.optim, config.steps)
+    if stage.done == config.steps:
+        return
     with Feed(stage, config, teacher_slots) as feed:
         stage.keep("data", feed.state)
         for _ in stage.remaining():
             batches, values = feed.next()
+            batches = [batch.to(job.runtime.device) for batch in batches]
             if prepare is not None:
                 prepare(stage, batches)
             update(stage, batches, values, head, tokens=int(values["data/tokens"]))
@@ -56,7 +59,7 @@ def update(
 ) -> None:
     """One SFT update and its line of metrics; ``tokens`` of all ranks, if not all those of the batches."""
     with stage.job.run.timeline("update"):
-        result = stage.learner.step(batches, head)
+        result = stage.learner.step([batch.to(stage.job.runtime.device) for batch in batches], head)
     if tokens is None:
         tokens = sum(batch.num_tokens for batch in batches) * stage.job.runtime.dp
     stage.log(result, {**mean_metrics(result), **(values or {})}, tokens)

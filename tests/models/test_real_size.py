@@ -128,7 +128,7 @@ def rank_in(stage: int, parallel: ParallelConfig, world: int) -> int:
     return stage * world // parallel.pp + parallel.tp - 1
 
 
-@pytest.mark.parametrize("layout", ["one GPU", "tp 8 sp", "pp 2 dp 4", "tp 2 pp 4 dp 2"])
+@pytest.mark.parametrize("layout", ["one GPU", "tp 8 sp", "tp 2 pp 4 dp 2"])
 def test_every_stage_has_the_parameters_that_are_planned(layout: str) -> None:
     world, fields = LAYOUTS[layout]
     parallel = ParallelConfig(**fields)
@@ -153,7 +153,7 @@ def test_parts_add_up_to_the_published_count() -> None:
         ("qwen3_vl-2b", "cp 4 dp 2", ("vision",), "bfloat16"),
         ("r4b-4b", "tp 8 sp", ("vision",), "bfloat16"),
         ("r4b-4b", "tp 2 dp 2, whole optimizer", (), "bfloat16"),
-        ("qwen3_vl-4b", "pp 2 dp 4", (), "float32"),
+        ("qwen3_vl-2b", "pp 2 dp 4", (), "float32"),
     ],
 )
 def test_weights_gradients_and_optimizer_take_the_bytes_that_are_planned(

@@ -14,6 +14,7 @@ import pytest
 from r4b_core.config.load import load_recipe
 from r4b_core.stages.run import run_recipe
 from r4b_core.telemetry.metrics import read_metrics
+from tests.parallel.harness import Layout
 from tests.parallel.ranks_model import TWO_RANKS
 
 # The model is too young to be right, so a length cost gives BPO its rewards; Adam magnifies the rounding of near-zero
@@ -25,13 +26,15 @@ OVERRIDES = [
     "checkpoint.every=100",
     "evaluate.items=4",
     "bpo.probe_every=0",
+    "model.shape.num_layers=4",
 ]
+LAYOUTS = {**TWO_RANKS, "pp2_v2_full": Layout(pp=2, virtual_stages=2, recompute="full")}
 COMPARED = ("loss", "grad_norm", "reward/mean", "response_length/mean", "entropy", "kl")
 
 
 def overrides_of(name: str) -> list[str]:
-    layout = TWO_RANKS[name]
-    sizes = [f"parallel.{axis}={getattr(layout, axis)}" for axis in ("tp", "pp", "cp")]
+    layout = LAYOUTS[name]
+    sizes = [f"parallel.{key}={getattr(layout, key)}" for key in ("tp", "pp", "cp", "virtual_stages", "recompute")]
     return [*OVERRIDES, *sizes, f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}"]
 
 
@@ -44,7 +47,7 @@ def curves(run: Path) -> list[tuple[str, int, dict[str, float]]]:
     ]
 
 
-@pytest.mark.parametrize("name", list(TWO_RANKS))
+@pytest.mark.parametrize("name", list(LAYOUTS))
 def test_recipe_gives_the_curves_of_one_rank(name: str) -> None:
     shared = Path(os.environ["R4B_TEST_SHARED"])
     run_recipe(load_recipe("smoke", overrides_of(name)), shared / name)

@@ -30,4 +30,4 @@ def test_recipe_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         str(tmp_path / "one"),
     )
     assert alone.returncode == 0, alone.stderr[-3000:]
-    assert "5 passed" in run_ranks(Path(__file__).with_name("ranks_recipe.py"), 2)
+    assert "6 passed" in run_ranks(Path(__file__).with_name("ranks_recipe.py"), 2)

@@ -109,9 +109,8 @@ def stage_plans(recipe: Recipe, shape: ModelShape, assumed: Assumptions) -> list
     Raises:
         RecipeError: there is none, or a sample is longer than a micro-batch may be.
     """
-    plans = [plan for plan in (_pretrain(recipe, shape, assumed), _anneal(recipe, shape, assumed)) if plan.steps]
-    bpo = _bpo(recipe, shape, assumed)
-    plans += [bpo] if bpo.steps else []
+    supervised = [_supervised(name, recipe, shape, assumed) for name in ("pretrain", "anneal", "distill")]
+    plans = [plan for plan in (*supervised, _bpo(recipe, shape, assumed)) if plan.steps]
     if not plans:
         raise RecipeError(f"recipe {recipe.name}", ["every stage has steps: 0, so there is nothing to plan"])
     longest = max(plans, key=lambda plan: plan.sample_tokens)
@@ -153,34 +152,26 @@ def _execution(recipe: Recipe, frozen: list[str], lr_scale: dict[str, float], re
     )
 
 
-def _supervised(
-    name: str, steps: int, batch: int, recipe: Recipe, execution: Execution, shape: ModelShape, assumed: Assumptions
-) -> StagePlan:
+def _supervised(name: str, recipe: Recipe, shape: ModelShape, assumed: Assumptions) -> StagePlan:
+    """A stage of samples with their responses; of records a step takes whole packed sequences."""
+    stage, capacity = getattr(recipe, name), recipe.packing.capacity
     sight, patches, pairs = _sight(shape, assumed)
     length = float(sight + assumed.text_tokens)
+    is_packed = recipe.data.task == "records"
+    samples = stage.batch_size * capacity / length if is_packed else float(stage.batch_size)
+    teaches = name == "distill" and recipe.distill.logit_weight > 0 and recipe.distill.teacher is not None
     whole = Work(
         micro_batches=1,
-        tokens=batch * length,
-        pairs=causal_pairs(batch * length, length),
-        loss_rows=float(batch * assumed.text_tokens),
-        patches=batch * patches,
-        vision_pairs=batch * pairs,
-        samples=batch,
+        tokens=samples * length,
+        pairs=causal_pairs(samples * length, length),
+        loss_rows=samples * assumed.text_tokens,
+        patches=samples * patches,
+        vision_pairs=samples * pairs,
+        samples=samples,
+        scored=int(teaches),
     )
-    capacity, static = recipe.packing.capacity, recipe.packing.static
-    return StagePlan(name, steps, batch, length, capacity, static, execution, whole)
-
-
-def _pretrain(recipe: Recipe, shape: ModelShape, assumed: Assumptions) -> StagePlan:
-    stage = recipe.pretrain
-    execution = _execution(recipe, [], stage.optim.lr_scale, reference=False)
-    return _supervised("pretrain", stage.steps, stage.batch_size, recipe, execution, shape, assumed)
-
-
-def _anneal(recipe: Recipe, shape: ModelShape, assumed: Assumptions) -> StagePlan:
-    stage = recipe.anneal
-    execution = _execution(recipe, [], stage.optim.lr_scale, reference=False)
-    return _supervised("anneal", stage.steps, stage.batch_size, recipe, execution, shape, assumed)
+    execution = _execution(recipe, [], stage.optim.lr_scale, reference=teaches)
+    return StagePlan(name, stage.steps, stage.batch_size, length, capacity, recipe.packing.static, execution, whole)
 
 
 def _bpo(recipe: Recipe, shape: ModelShape, assumed: Assumptions) -> StagePlan:

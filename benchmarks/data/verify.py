@@ -7,6 +7,18 @@ at most 12 characters); a quarter of the answers is wrong. ``answers`` compares 
 runs the whole stage on records with responses of 14,000 characters: template, length, 50-gram repetition, extraction
 and comparison. What the rules leave to math-verify is part of both. Every pair is different, so that nothing is
 remembered. The rival is math-verify in this very process, parsing both sides with its own time limits off.
+
+Records per second of one core, processor time of the stage and of its verifier process together, 2026-11-20, AMD EPYC,
+2 cores shared with other jobs, Python 3.11, math-verify 0.9.0, sympy 1.14.0, commit 6abd730; medians of 5:
+
+=======  ==============  ===========
+case     ours            math-verify
+=======  ==============  ===========
+answers  7547 (57x)      133
+records  2381 (17x)      140
+=======  ==============  ===========
+
+Both cases scale with the processes of the stage, so two cores do 4,700 records per second.
 """
 
 from __future__ import annotations

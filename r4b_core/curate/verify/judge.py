@@ -79,6 +79,6 @@ def read_judgement(reply: JudgeReply) -> Verdict:
             return undecided("judge: the reasoning did not end")
     lines = [line.strip() for line in text.strip().splitlines()]
     speaking = [line for line in lines if "JUDGEMENT" in line.upper() or "JUDGMENT" in line.upper()]
-    if len(speaking) != 1 or speaking[0] is not lines[-1] or lines[-1] not in _VERDICTS:
+    if len(speaking) != 1 or lines[-1] not in _VERDICTS:
         return undecided("judge: no clear verdict")
     return right("judge: equivalent") if _VERDICTS[lines[-1]] else wrong("judge: different")

@@ -143,10 +143,22 @@ def find_files(patterns: Sequence[str], setting: str) -> list[Path]:
 
 
 def record_of(row: Row) -> Record:
-    """The record of a row that was read with ``USED``; the images are bytes, empty where there are none to be had."""
-    values = {name: row[name] for name in USED if name in row and name not in ("images", "id", "source")}
-    images = [image.get("bytes") or b"" if image else b"" for image in row["images"] or ()]
-    return Record(id=str(row["id"]), source=str(row["source"] or "unknown"), images=images, **values)
+    """The record of a row that was read with ``USED``.
+
+    Images are bytes, empty where there are none to be had. A value of another type than the field's is as good as none.
+    """
+    images = [image.get("bytes") or b"" if isinstance(image, dict) else b"" for image in row["images"] or ()]
+    texts = {name: row.get(name) for name in ("question", "response", "finish_reason", "mode")}
+    counts = {name: row.get(name) for name in ("tries", "right")}
+    answer = row.get("answer")
+    return Record(
+        id=str(row["id"]),
+        source=str(row["source"] or "unknown"),
+        images=images,
+        answer=str(answer) if isinstance(answer, str | int | float) else None,
+        **{name: value if isinstance(value, str) else None for name, value in texts.items()},  # type: ignore[arg-type]
+        **{name: value if isinstance(value, int) else None for name, value in counts.items()},  # type: ignore[arg-type]
+    )
 
 
 def teacher_of(row: Row) -> Teacher | None:
@@ -183,7 +195,7 @@ class _Parquet:
     def read(self, group: int, columns: Sequence[str]) -> Iterator[Row]:
         with pq.ParquetFile(self.path, metadata=self._metadata) as file:
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns)):
-                yield from batch.to_pylist()
+                yield from _rows(batch)
 
 
 class _JsonLines:
@@ -218,7 +230,8 @@ class _JsonLines:
             values = json.loads(line)
             row = {name: values.get(name) for name in columns}
             if "images" in row:
-                row["images"] = [{"bytes": self._image(image)} for image in row["images"] or ()]
+                images = row["images"] if isinstance(row["images"], list) else []
+                row["images"] = [{"bytes": self._image(image)} for image in images]
         except (ValueError, AttributeError, TypeError, RecursionError):
             return dict.fromkeys(columns)
         return row
@@ -236,6 +249,22 @@ class _JsonLines:
 
 
 _READERS: dict[str, Callable[[Path], RecordFile]] = {".parquet": _Parquet, ".jsonl": _JsonLines}
+
+
+def _rows(batch: pa.RecordBatch) -> list[Row]:
+    """The batch's rows; a text that is not UTF-8 becomes None."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        names = batch.schema.names
+        return [{name: _value(batch.column(name)[row]) for name in names} for row in range(batch.num_rows)]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -271,7 +271,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) that `open_image` will give the encoded image, from its header: no pixel is decoded.
 
     Raises:
-        ImageError: if the header is not that of a PNG, JPEG or WEBP image.
+        ImageError: if the header is not that of a PNG, JPEG or WEBP image, or tells of too many pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -280,6 +280,8 @@ def image_size(data: bytes) -> tuple[int, int]:
         exif = Image.Exif()
         exif.load(image.info.get("exif") or b"")
         turned = exif.get(_ORIENTATION) in _LYING
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too many pixels ({error})") from error
     except Exception as error:  # Pillow raises a dozen kinds on damaged headers
         raise ImageError(f"not a {', '.join(IMAGE_FORMATS)} image with a sound header") from error
     width, height = image.size

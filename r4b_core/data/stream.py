@@ -316,7 +316,8 @@ class Lane:
 
     def _draw(self) -> Item:
         reason = ""
-        for _ in range(self.share):
+        # So many draws hold a whole epoch, wherever they begin.
+        for _ in range(2 * self.share):
             if self.cursor == self.share:
                 self.epoch, self.cursor = self.epoch + 1, 0
             item = self._item(self.epoch, self.cursor)

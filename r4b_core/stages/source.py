@@ -74,7 +74,14 @@ def check_data(recipe: Recipe) -> str:
             check_lanes(getattr(recipe, stage).batch_size, 1, files.rows)
     if files is not None and recipe.bpo.steps:
         sampler_of(recipe, Prompts(files, processor, room(recipe)))
-    held_out_files(recipe)
+    held_out = held_out_files(recipe)
+    if files is not None and held_out is not None:
+        both = {file.path.resolve() for file in files.files} & {file.path.resolve() for file in held_out.files}
+        if both:
+            raise ValueError(
+                f"data.held_out_files: {min(both)} is in data.train too, so that its figures would show what was "
+                "learned by heart: take it out of one of them"
+            )
     return files.fingerprint if files is not None else ""
 
 

@@ -259,6 +259,31 @@ def test_a_line_that_is_no_record_and_an_image_outside_the_folder(tmp_path: Path
     assert bad == {f"unknown/a.jsonl, row group 0, row {row}": "question cannot be used" for row in (1, 3)}
 
 
+def test_values_that_are_no_text_are_set_aside(tmp_path: Path, processor: Processor) -> None:
+    records = make_records(12)
+    table = to_table(records)
+    for name, places in (("question", (2, 9)), ("response", (4,))):
+        raw = [value.encode() for value in table.column(name).to_pylist()]
+        for place in places:
+            raw[place] = b"\xff\xfe not UTF-8"
+        column = pa.array(raw, pa.binary()).view(pa.string())
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with stream(tmp_path, processor, lanes=1, lookahead=12) as mine:
+        bad = {record.id: record.reason for record in mine.next().bad}
+    assert bad == {
+        records[2].key: "question cannot be used",
+        records[9].key: "question cannot be used",
+        records[4].key: "response cannot be used",
+    }
+    lines = [{"id": 1, "source": None, "question": 7, "images": "x", "response": ["a"], "answer": 3, "tries": "4"}]
+    lines += [{"id": 2, "source": "s", "question": "a?", "images": None, "response": "b", "mode": 1}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = RecordFiles([str(tmp_path / "b.jsonl")], "data.train")
+    with RecordStream(files, Planner(processor, CAPACITY), lanes=1, seed=0, lookahead=2) as mine:
+        assert {record.id: record.reason for record in mine.next().bad} == {"unknown/1": "question cannot be used"}
+
+
 REFUSALS = {
     "nothing": ("absent-*.parquet", r"data\.train: '.*absent-\*\.parquet' matches no file"),
     "a folder": ("", r"matches no file .*; to take all of a folder: .*/\*\.parquet"),

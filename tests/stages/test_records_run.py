@@ -194,6 +194,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "an empty band": (['bpo.bands={"[0.8,0.9]": 1}'], "bpo.bands: data.train has no prompt in [0.8,0.9]"),
     "no band": (["bpo.bands={easy: 1}"], "'easy' is no band: write an interval of pass rates such as '[0,0.25)'"),
     "no room": (["bpo.max_new_tokens=256"], "packing.capacity = 256 leaves no room for a prompt beside"),
+    "held-out files that are trained on": (
+        ["data.train=[{folder}/*.parquet]"],
+        "held-out.parquet is in data.train too",
+    ),
     "too large a batch": (["distill.batch_size=100"], "data.train holds 48 records, fewer than the 100 packed"),
     "too many prompts": (["bpo.prompts=100"], "bpo.prompts = 100 and data.train holds 48"),
     "too small a table": (["model.shape.vocab_size=64"], "set model.shape.vocab_size, or give the model's own"),
@@ -210,7 +214,8 @@ def test_what_cannot_work_is_refused_before_anything_is_launched(
     overrides, words = REFUSALS[case]
     monkeypatch.setattr("r4b_core.parallel.runtime.start", lambda *_, **__: pytest.fail("launched"))
     with pytest.raises(ValueError) as refused:
-        run_recipe(load_recipe(folder / "qwen3_vl.yaml", overrides), tmp_path / "run")
+        settings = [override.replace("{folder}", str(folder)) for override in overrides]
+        run_recipe(load_recipe(folder / "qwen3_vl.yaml", settings), tmp_path / "run")
     assert words in str(refused.value)
     assert not (tmp_path / "run").exists()
 

@@ -10,6 +10,10 @@ import pytest
 
 from r4b_core.cli.layout import fit
 from r4b_core.config.load import ResolvedRecipe, builtin_recipes, load_recipe
+from r4b_core.plan.machine import GPUS
+from r4b_core.plan.recipe import Assumptions, model_shape, stage_plans
+from r4b_core.plan.search import candidate
+from r4b_core.plan.work import Layout
 
 ON_THIS_MACHINE = ("demo", "smoke")
 REAL = [name for name in builtin_recipes() if name not in ON_THIS_MACHINE]
@@ -90,6 +94,17 @@ def test_rates_and_freezing_name_parts_that_there_are(name: str, parts: dict[str
         if stage.steps:
             named |= {*stage.optim.lr_scale, *stage.optim.constant}
     assert named <= parts[recipe.model.family]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_its_own_layout_has_room_on_80_gb(name: str) -> None:
+    recipe = resolved(name)
+    nodes = 8 if "--nnodes=8" in recipe.source.read_text(encoding="utf-8") else 1
+    shape, layout = model_shape(recipe.recipe.model), recipe.recipe.parallel
+    plans = stage_plans(recipe.recipe, shape, Assumptions(text_tokens=3000 if name in QWEN_SFT else 600))
+    dp = 8 * nodes // (layout.tp * layout.pp * layout.cp)
+    asked = Layout(layout.tp, layout.pp, layout.cp, dp, layout.virtual_stages, layout.sequence_parallel)
+    assert candidate(shape, plans, asked, GPUS["h100"], layout.recompute).memory.fits(GPUS["h100"])
 
 
 @pytest.mark.parametrize("name", REAL)

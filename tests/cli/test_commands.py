@@ -17,7 +17,7 @@ from r4b_core.cli.main import app
 from r4b_core.cli.output import console
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "train", "generate", "eval", "report", "plan", "show", "doctor", "bench")
+COMMANDS = (*("demo", "train", "curate", "convert", "generate", "eval", "report", "plan", "show", "doctor", "bench"),)
 
 
 def run(*arguments: str) -> Any:

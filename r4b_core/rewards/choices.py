@@ -76,7 +76,7 @@ def compare_choices(answer: str, gold: str, options: dict[str, str], compare: Co
     said, meant = read_choice(answer), read_choice(gold)
     if options:
         said, meant = _of_options(answer, said, options), _of_options(gold, meant, options)
-    if not meant.letters or not _is_choice(meant, options):
+    if not meant.letters or not _is_choice(meant):
         return _text_reference(said, gold, options, compare) if said.letters else None
     if said.letters and (said.letters[0].isupper() or len(gold) == 1 or options):
         return _letters(said, meant, options, compare)
@@ -103,8 +103,8 @@ def _of_options(text: str, choice: Choice, options: dict[str, str]) -> Choice:
     return choice
 
 
-def _is_choice(meant: Choice, options: dict[str, str]) -> bool:
-    """A small letter alone is a variable, unless there are options."""
+def _is_choice(meant: Choice) -> bool:
+    """A small letter alone is a variable, and far in the alphabet a letter before text is no choice."""
     return all(letter.isupper() for letter in meant.letters) and (not meant.text or meant.letters[0] <= "J")
 
 

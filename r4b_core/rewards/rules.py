@@ -61,9 +61,10 @@ _PROSE = re.compile(
     r"[^\W\d_]{3,}|[@#?\"]|[^\x00-\x7fπ∞±∪∅≤≥≠≈∈∠°√⟨⟩△→]|\b(?:an|as|at|be|by|if|in|is|it|no|of|on|or|so|to|we)\b",
     re.IGNORECASE,
 )
-_SAYS_NOTHING = frozenset("n/a na nan null unknown ? - -- see above|see below|see image|see solution".split()) | {
-    *("see above", "see image", "see solution", "see explanation", "not available", "answers may vary"),
-}
+_SAYS_NOTHING = frozenset(
+    "n/a|nan|null|unknown|?|??|???|-|--|see above|see below|see image|see figure|see solution|see explanation|"
+    "not available|answers may vary|answers will vary".split("|")
+)
 _PERCENT = re.compile(r"%|per ?cent", re.IGNORECASE)
 _TOO_LARGE = "a value too large to compare"
 

@@ -11,6 +11,7 @@ import concurrent.futures
 import email.utils
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -244,6 +245,7 @@ class ChatClient:
         self._fingerprint = model.fingerprint()
         self._answered = self._failed_in_a_row = 0
         self._connecting = asyncio.Lock()
+        self._refused: str | None = None
         self._session: aiohttp.ClientSession | None = None
         self._pool: Pool | None = None
 
@@ -254,11 +256,14 @@ class ChatClient:
             EndpointError: if no endpoint can be used.
         """
         async with self._connecting:
+            if self._refused is not None:
+                raise EndpointError(self._refused)
             if self._pool is None:
                 try:
                     self._pool = await self._start()
                 except ValueError as error:
-                    stopped = EndpointError(f"{self.section}: {error}")
+                    self._refused = f"{self.section}: {error}"
+                    stopped = EndpointError(self._refused)
                     self._background.stop(stopped)
                     raise stopped from error
         return self._pool
@@ -433,6 +438,10 @@ class ChatClient:
                     return response.status, kind, retry_after, await self._read(response, feeds)
         except TimeoutError:
             raise TryFailed(Failure.TIMEOUT, f"no reply in {total:g} s") from None
+        except aiohttp.ClientConnectorError as error:
+            number, words = error.os_error.errno, error.os_error.strerror or str(error.os_error)
+            words = os.strerror(number) if number is not None and number > 0 else words
+            raise TryFailed(Failure.CONNECTION, f"cannot connect: {shorten(words)}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise TryFailed(Failure.CONNECTION, shorten(str(error) or type(error).__name__)) from error
         except ValueError as error:  # aiohttp on replies that are no HTTP

@@ -48,6 +48,8 @@ FOUR_RANKS = {
     # DeepStack's two layers must lie in the first of eight chunks: R-4B's alone.
     "pp4_v2": Layout(pp=4, virtual_stages=2),
 }
+# Where gradients are reduced while the backward pass still runs.
+OVERLAPPED = ("dp2_full", "pp2_v2_dp2", "cp2_dp2_selective")
 IS_FOUR = os.environ.get("WORLD_SIZE") == "4"
 LAYOUTS = FOUR_RANKS if IS_FOUR else TWO_RANKS
 # On two ranks a part of them for each case, since these run with every test.
@@ -158,10 +160,12 @@ def test_frozen_parts_stay_and_others_move_at_their_own_rate(name: str) -> None:
     runtime.stop()
     still = {key for key, value in before.items() if torch.equal(value, truth[key])}
     assert still and any(key.startswith("vision.") for key in still)
-    for layout in map(LAYOUTS.__getitem__, layouts_of(name) if IS_FOUR else ["pp2_v2", "dp2_full"]):
+    for key in layouts_of(name) if IS_FOUR else ["pp2_v2", "dp2_full"]:
+        layout = LAYOUTS[key]
         runtime = start(layout, seed=1)
         try:
-            learner = Learner(build_chunks(family.build, layout), runtime, optim, total_steps=10)
+            chunks, overlap = build_chunks(family.build, layout), key in OVERLAPPED
+            learner = Learner(chunks, runtime, optim, total_steps=10, overlap_grad_reduce=overlap)
             train(learner, batches, 4)
             after = parameters_by_name(learner.models)
         finally:

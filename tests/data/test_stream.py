@@ -128,6 +128,8 @@ def test_another_seed_gives_another_order_and_every_epoch_its_own(data: Path, pr
     expected = {(group, row) for group, rows in enumerate([7, 7, 2, 9]) for row in range(rows)}
     assert all(set(rows) == expected and len(rows) == 25 for rows in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    single = [rows_of(Order([25], seed=1), epoch).tolist() for epoch in range(2)]
+    assert single[0] != single[1]  # rows are shuffled anew, too
     again = Order([7, 7, 2, 9], seed=1, window_rows=10)
     assert [tuple(row) for row in rows_of(again, 1)] == epochs[1]
 

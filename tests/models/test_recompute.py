@@ -37,9 +37,12 @@ def batch_of(family: str) -> PackedBatch:
     return batch
 
 
-def run(family: str, mode: str, frozen: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor | None], int]:
+def run(
+    family: str, mode: str, frozen: Sequence[str] = (), dtype: str = "float32"
+) -> tuple[Tensor, dict[str, Tensor | None], int]:
     """(loss, gradients, bytes kept) of one batch."""
-    model = build_model(FAMILIES[family], ParallelConfig(recompute=mode), seed=1)
+    config = FAMILIES[family].model_copy(update={"dtype": dtype})
+    model = build_model(config, ParallelConfig(recompute=mode), seed=1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(has_prefix(name, prefix) for prefix in frozen))
     batch = batch_of(family)
@@ -70,6 +73,15 @@ def test_recomputation_changes_no_bit(family: str, frozen: str) -> None:
         assert {name for name, gradient in gradients.items() if gradient is not None} == trained
         for name in trained:
             assert torch.equal(gradients[name], truth[name]), f"{mode}: {name}"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_in_bfloat16_too(family: str) -> None:
+    results = {mode: run(family, mode, dtype="bfloat16") for mode in MODES}
+    loss, truth, _ = results["none"]
+    for mode in ("selective", "full"):
+        again, gradients, _ = results[mode]
+        assert torch.equal(again, loss) and all(torch.equal(gradients[name], truth[name]) for name in truth)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -24,6 +24,8 @@ def test_a_world_of_one(runtime: Runtime) -> None:
         (Layout(tp=2, pp=2), 6, "torchrun --nproc-per-node=4"),
         (Layout(tp=0), 2, "parallel.tp = 0"),
         (Layout(sequence_parallel=True), 2, "raise tp or turn it off"),
+        (Layout(pp=2, virtual_stages=0), 2, "parallel.virtual_stages = 0: must be 1"),
+        (Layout(virtual_stages=2), 2, "parallel.virtual_stages = 2: interleaving needs parallel.pp >= 2"),
     ],
 )
 def test_a_layout_that_does_not_fit(layout: Layout, world: int, words: str) -> None:

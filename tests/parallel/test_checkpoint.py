@@ -326,6 +326,16 @@ def test_either_kind_of_optimizer_reads_the_other(distributed: bool, dtype: torc
     assert losses[True] == pytest.approx(losses[False], rel=1e-6)
 
 
+def test_a_checkpoint_from_before_interleaving_is_of_this_layout(saved: tuple[Path, Any]) -> None:
+    path, learner = saved
+    facts = json.loads((path / manifest.MANIFEST).read_text())
+    assert facts["layout"].pop("virtual_stages") == 1
+    (path / manifest.MANIFEST).write_text(json.dumps(facts))
+    drawn = torch.rand(3)
+    checkpoint.load(path, learner)
+    assert torch.equal(torch.rand(3), drawn)  # restored, where another layout would be seeded anew
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

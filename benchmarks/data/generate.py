@@ -7,6 +7,7 @@ is what it can do: a load generator that sends ready bytes and does not look at 
 stage: prompt from template, question and image, body, retries, answer read and written to the journal, record made. The
 rivals send the same messages and read the answer, no more: `openai`'s AsyncOpenAI with as many requests under way, and
 one request after the other, which is how MMFineReason's published pipeline asks. ``image`` adds a JPEG of 23 kB.
+The best of five turns counts, since both sides share two cores with whatever else runs there.
 
 Requests per second, DATE_AND_MACHINE:
 
@@ -41,8 +42,8 @@ from r4b_core.data.records import Record
 
 LATENCY_S = 0.05
 CONCURRENCY = 256
-REQUESTS = {"limit": 8000, "ours": 8000, "openai": 2000, "one after the other": 40}
-TURNS = 2
+REQUESTS = {"limit": 4000, "ours": 4000, "openai": 1000, "one after the other": 20}
+TURNS = 5
 
 
 @pytest.fixture
@@ -176,12 +177,12 @@ def test_generate(kind: str, benchmark: Any, server: Running) -> None:
             seconds[name].append((time.perf_counter() - start) / REQUESTS[name])
             if name == "ours":
                 processor.append((time.process_time() - busy) / REQUESTS[name])
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    rate = {name: 1 / each for name, each in median.items()}
+    best = {name: min(times) for name, times in seconds.items()}  # other jobs can but slow a turn down
+    rate = {name: 1 / each for name, each in best.items()}
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
-        ours=median.pop("ours"),
-        rivals=median,
+        ours=best.pop("ours"),
+        rivals=best,
         skipped=skipped,
         requests_per_second=rate,
         processor_seconds=statistics.median(processor),

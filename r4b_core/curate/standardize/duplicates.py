@@ -12,7 +12,7 @@ pictures within the distance none, because of d + 1 parts of a hash that differs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,38 +27,46 @@ DECISION = np.dtype([("code", "u1"), ("partition", "<i4"), ("row", "<i8")])
 _BLOCK = 1024
 
 
-@dataclass
 class _All:
-    """The signatures of all partitions, one after the other; MinHashes stay in their files."""
+    """The signatures of all partitions, one after the other. They stay in their files: a column of one file at a time
+    is looked at, and single MinHashes by their place."""
 
-    parts: list[NDArray]
-    begins: NDArray[np.int64]
-
-    @classmethod
-    def open(cls, files: Sequence[Path]) -> _All:
-        parts = [np.load(file, mmap_mode="r") for file in files]
-        for part, file in zip(parts, files, strict=True):
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        sizes = []
+        for file in files:
+            part = np.load(file, mmap_mode="r")
             if part.dtype != SIGNATURE:
                 raise ValueError(f"{file}: no signatures of this version")
-        return cls(parts, np.cumsum([0, *(len(part) for part in parts)]))
+            sizes.append(len(part))
+        self.begins = np.cumsum([0, *sizes])
+        self._open = lru_cache(maxsize=16)(self._load)
 
     def __len__(self) -> int:
         return int(self.begins[-1])
 
     def column(self, name: str) -> NDArray:
-        return np.concatenate([np.ascontiguousarray(part[name]) for part in self.parts])
+        return np.concatenate([np.array(self._load(part)[name]) for part in range(len(self._files))])
 
     def band(self, band: int) -> NDArray[np.uint64]:
-        return np.concatenate([bands(part["minhash"], band) for part in self.parts])
+        return np.concatenate([bands(self._load(part)["minhash"], band) for part in range(len(self._files))])
 
     def minhash(self, index: int) -> NDArray[np.uint32]:
         part, place = self.place(index)
-        return self.parts[part]["minhash"][place]
+        return np.array(self._open(part)["minhash"][place])
+
+    def row(self, index: int) -> int:
+        """In its file of origin."""
+        part, place = self.place(index)
+        return int(self._open(part)["row"][place])
 
     def place(self, index: int) -> tuple[int, int]:
         """(partition, place in it)"""
         part = int(np.searchsorted(self.begins, index, "right")) - 1
         return part, index - int(self.begins[part])
+
+    def _load(self, part: int) -> NDArray:
+        return np.load(self._files[part], mmap_mode="r")
 
 
 def find_duplicates(files: Sequence[Path], settings: DuplicateSettings) -> list[NDArray]:
@@ -66,7 +74,7 @@ def find_duplicates(files: Sequence[Path], settings: DuplicateSettings) -> list[
 
     ``partition`` and ``row`` tell the earlier record: its partition, and its row in the file of origin.
     """
-    signatures = _All.open(files)
+    signatures = _All(files)
     code = np.zeros(len(signatures), np.uint8)
     earlier = np.full(len(signatures), -1, np.int64)
     if len(signatures):
@@ -125,7 +133,7 @@ def _compare_bucket(
 
     def minhash(place: int) -> NDArray[np.uint32]:
         if place not in minhashes:
-            minhashes[place] = np.array(signatures.minhash(int(members[place])))
+            minhashes[place] = signatures.minhash(int(members[place]))
         return minhashes[place]
 
     needed = settings.text_similarity * PERMUTATIONS
@@ -151,7 +159,6 @@ def _decisions(signatures: _All, part: int, code: NDArray, earlier: NDArray) -> 
     made = np.zeros(end - begin, DECISION)
     made["code"] = code[begin:end]
     for place in np.flatnonzero(made["code"]):
-        where, at = signatures.place(int(earlier[begin + place]))
-        made["partition"][place] = where
-        made["row"][place] = signatures.parts[where]["row"][at]
+        winner = int(earlier[begin + place])
+        made["partition"][place], made["row"][place] = signatures.place(winner)[0], signatures.row(winner)
     return made

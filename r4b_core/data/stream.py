@@ -15,6 +15,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import TracebackType
@@ -379,7 +380,7 @@ class RecordStream:
         lanes: packed sequences of a step over all ranks.
         rank, ranks: of data parallelism.
         seed: of the order.
-        prefetch: steps that a thread prepares ahead; the steps are the same for any number.
+        prefetch, threads: steps prepared ahead, and threads that decode images: they change no step.
         state: ``Step.lanes`` of all ranks, joined, to go on from.
 
     Raises:
@@ -397,6 +398,7 @@ class RecordStream:
         rank: int = 0,
         ranks: int = 1,
         prefetch: int = 0,
+        threads: int = 1,
         state: dict[str, Any] | None = None,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
@@ -418,6 +420,7 @@ class RecordStream:
         self._queue: queue.Queue[Step | Exception] = queue.Queue(max(prefetch, 1))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True) if prefetch else None
+        self._pool = ThreadPoolExecutor(threads)
 
     def __enter__(self) -> RecordStream:
         if self._thread is not None:
@@ -430,6 +433,7 @@ class RecordStream:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
+        self._pool.shutdown()
 
     def next(self) -> Step:
         """The next step. Whatever hindered the thread is raised here.
@@ -469,8 +473,7 @@ class RecordStream:
         for lane in self.lanes:
             lane.bad.clear()
         batches = []
-        for items in filled:
-            batch, damaged = self.planner.emit(items)
+        for batch, damaged in self._pool.map(self.planner.emit, filled):
             batches.append(batch)
             bad += damaged
         items = [item for items in filled for item in items]

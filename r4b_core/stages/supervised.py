@@ -98,6 +98,7 @@ class Feed(AbstractContextManager["Feed"]):
             rank=ranks.dp_rank,
             ranks=ranks.dp,
             prefetch=recipe.data.prefetch,
+            threads=recipe.data.threads,
             state=self._lanes or None,
         )
 

@@ -115,7 +115,7 @@ def test_a_resumed_stream_goes_on_exactly_on_any_number_of_ranks(
 
 
 def test_preparing_ahead_changes_nothing(data: Path, processor: Processor) -> None:
-    plain, ahead = (run(data, processor, 1, 5, prefetch=steps)[0] for steps in (0, 3))
+    plain, ahead = (run(data, processor, 1, 5, prefetch=steps, threads=1 + steps)[0] for steps in (0, 3))
     assert by_lane([plain], 1) == by_lane([ahead], 1)
     assert [step.lanes for step in plain] == [step.lanes for step in ahead]
     assert [step.bad for step in plain] == [step.bad for step in ahead]

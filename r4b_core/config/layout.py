@@ -111,7 +111,7 @@ def _stages(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         setting, value = ("parallel.pp", pp) if virtual == 1 else ("parallel.pp * virtual_stages", pp * virtual)
         allowed = [d for d in _divisors(shape.num_layers) if shape.num_layers // d >= needed]
         yield (
-            f"{setting} = {value}: the first of so many parts of the decoder has {first} of {shape.num_layers} layers, "
+            f"{setting} = {value}: the first of {value} parts has {first} of {shape.num_layers} layers, "
             f"and DeepStack adds to the first {needed}, which must lie with the vision tower; the nearest possible is "
             f"{_nearest(value, allowed)}"
         )

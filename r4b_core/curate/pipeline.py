@@ -77,9 +77,12 @@ def run_one(resolved: Resolved[CurateRecipe], job: Job, stage: StageName) -> Cou
 
 
 def _standardize(job: Job, folder: Path, advance: Advance) -> Counts:
+    from r4b_core.curate.standardize.rewrite import Rewriting
     from r4b_core.curate.standardize.run import standardize
 
-    return standardize(folder, job.recipe.inputs, job.recipe.standardize, job.do, advance, force=job.force)
+    recipe = job.recipe
+    rewriter = Rewriting(recipe.rewrite) if recipe.rewrite.cleaner.endpoints else None
+    return standardize(folder, recipe.inputs, recipe.standardize, job.do, advance, rewriter=rewriter, force=job.force)
 
 
 def _generate(job: Job, folder: Path, advance: Advance) -> Counts:

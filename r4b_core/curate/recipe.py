@@ -14,6 +14,7 @@ from r4b_core.config.recipe import Settings
 from r4b_core.curate.generate import GenerateSettings
 from r4b_core.curate.score import ScoreSettings
 from r4b_core.curate.select import PRESETS, SelectSettings
+from r4b_core.curate.standardize.rewrite import RewriteSettings
 from r4b_core.curate.standardize.settings import InputSettings, StandardizeSettings
 from r4b_core.curate.verify import VerifySettings
 from r4b_core.curate.wire import ServedModel
@@ -31,6 +32,7 @@ class CurateRecipe(Settings):
     workers: int | None = Field(None, ge=0, description="processes; none: one per core; 0: this process alone")
     stages: list[StageName] = Field(default_factory=lambda: list(STAGES), description="what `r4b curate run` does")
     standardize: StandardizeSettings = StandardizeSettings()
+    rewrite: RewriteSettings = RewriteSettings()
     generate: GenerateSettings = GenerateSettings()
     verify: VerifySettings = VerifySettings()
     judge: ServedModel = Field(

@@ -30,10 +30,12 @@ class Cleaner:
     Attributes:
         settings: which rules, and their limits.
         benchmarks: what must not be trained on, or None.
+        lenient: let through what a language model may mend: weak questions and foreign ones.
     """
 
     settings: StandardizeSettings
     benchmarks: Benchmarks | None = None
+    lenient: bool = False
     _recent: dict[bytes, Picture] = field(default_factory=dict, repr=False)
 
     def rows(self, partition: Partition) -> Iterator[tuple[int, Record | Drop]]:
@@ -84,6 +86,8 @@ class Cleaner:
     def _question_fault(self, question: str) -> str:
         if text.is_empty(question):
             return "empty question"
+        if self.lenient:
+            return ""
         if text.is_weak(question):
             return "weak question"
         if text.foreign_share(question) > self.settings.max_foreign:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,6 +45,18 @@ Run = Callable[[StageStore, Work, Advance], None]
 """Does the partitions of a store: here or on Ray."""
 
 
+class Rewriter(Protocol):
+    """Cleans questions by a language model (`r4b_core.curate.standardize.rewrite`)."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What its output depends on."""
+        ...
+
+    def __call__(self, source: Path, target: Path, journal: Path) -> None:
+        """From a folder of records to another; replies that were paid for stay in the folder ``journal``."""
+
+
 def standardize(
     folder: str | Path,
     inputs: Sequence[InputSettings],
@@ -52,6 +64,7 @@ def standardize(
     run: Run,
     advance: Advance = lambda n: None,
     *,
+    rewriter: Rewriter | None = None,
     force: bool = False,
 ) -> Counts:
     """Read, clean and deduplicate the inputs into records.
@@ -59,6 +72,7 @@ def standardize(
     Args:
         folder: the stage's output.
         run: does the partitions of a store with a work.
+        rewriter: cleans by a language model what the rules left.
 
     Raises:
         StageError: an input cannot be found or told, a benchmark cannot be read whole, or see `open_stage`.
@@ -67,8 +81,9 @@ def standardize(
     partitions = plan_inputs(inputs, settings)
     benchmarks = plan_inputs(settings.decontaminate.files, settings) if settings.decontaminate.files else []
     asked = {
-        **settings.model_dump(mode="json", exclude={"rewrite": {"concurrency", "timeout_s"}}),
+        **settings.model_dump(mode="json"),
         "benchmarks": [partition.made_from for partition in benchmarks],
+        "rewrite": rewriter.content if rewriter else None,
     }
     clean_folder = folder / "clean"
     with open_stage(folder, "standardize", asked, partitions, force=force) as store:
@@ -78,13 +93,41 @@ def standardize(
                 if benchmarks:
                     index = clean_folder / "benchmarks.npz"
                     read_benchmarks(benchmarks, settings).save(index)
-                run(cleaned, CleanWork(settings, index), advance)
+                work: Work = CleanWork(settings, index)
+                if rewriter is not None:
+                    work = _rewritten(folder, partitions, asked, settings, index, rewriter, run, advance, force)
+                    advance = _silent
+                run(cleaned, work, advance)
             files = [clean_folder / f"{partition.name}{SIGNATURES}" for partition in partitions]
             for partition, decisions in zip(partitions, find_duplicates(files, settings.duplicates), strict=True):
                 np.save(clean_folder / f"{partition.name}.decisions.npy", decisions)
-            run(store, FilterWork(clean_folder, tuple(Path(p.path).name for p in partitions)), lambda n: None)
-        shutil.rmtree(clean_folder, ignore_errors=True)
+            run(store, FilterWork(clean_folder, tuple(Path(p.path).name for p in partitions)), _silent)
+        for done in (clean_folder, folder / "read", folder / "rewritten"):
+            shutil.rmtree(done, ignore_errors=True)
         return store.counts()
+
+
+def _rewritten(
+    folder: Path,
+    partitions: Sequence[Partition],
+    asked: dict[str, Any],
+    settings: StandardizeSettings,
+    index: Path | None,
+    rewriter: Rewriter,
+    run: Run,
+    advance: Advance,
+    force: bool,
+) -> Work:
+    """Read leniently and rewrite; what is left to do is to look again at what came of it."""
+    source, target = folder / "read", folder / "rewritten"
+    with open_stage(source, "read", asked, partitions, force=force) as store:
+        run(store, CleanWork(settings, None, lenient=True), advance)
+    rewriter(source, target, folder)
+    return LookAgainWork(settings, index, source, target)
+
+
+def _silent(count: int) -> None:
+    """An `Advance` for what was counted before."""
 
 
 def read_benchmarks(partitions: Sequence[Partition], settings: StandardizeSettings) -> Benchmarks:
@@ -116,24 +159,56 @@ class CleanWork:
 
     settings: StandardizeSettings
     benchmarks: Path | None
+    lenient: bool = False
 
     @contextmanager
     def open(self) -> Iterator[Process]:
-        cleaner = Cleaner(self.settings, Benchmarks.load(self.benchmarks) if self.benchmarks else None)
+        cleaner = _cleaner(self.settings, self.benchmarks, self.lenient)
+        yield lambda partition, writer: _clean(cleaner, cleaner.rows(partition), writer)
 
-        def process(partition: Partition, writer: PartitionWriter) -> Iterator[None]:
-            signatures = [np.zeros(0, SIGNATURE)]
-            rows = cleaner.rows(partition)
-            while batch := list(islice(rows, BATCH)):
-                outcome, found = clean_batch(cleaner, batch)
-                signatures.append(found)
-                writer.add(len(batch), outcome)
-                yield
-            file = io.BytesIO()
-            np.save(file, np.concatenate(signatures))
-            writer.attach(SIGNATURES, file.getvalue())
 
-        yield process
+@dataclass(frozen=True)
+class LookAgainWork:
+    """The first pass after rewriting: the same rules over what a language model made of the questions.
+
+    Attributes:
+        source, target: the folders before and after rewriting; what they let go is carried along.
+    """
+
+    settings: StandardizeSettings
+    benchmarks: Path | None
+    source: Path
+    target: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Process]:
+        cleaner = _cleaner(self.settings, self.benchmarks)
+
+        def rows(name: str) -> Iterator[tuple[int, Record | Drop]]:
+            for folder in (self.source, self.target):
+                for drop in read_dropped(folder / f"{name}.dropped.jsonl"):
+                    yield drop.row, drop
+            for record in read_records(self.target / f"{name}.parquet"):
+                yield int(record.provenance["row"]), record
+
+        yield lambda partition, writer: _clean(cleaner, rows(partition.name), writer)
+
+
+def _cleaner(settings: StandardizeSettings, benchmarks: Path | None, lenient: bool = False) -> Cleaner:
+    return Cleaner(settings, Benchmarks.load(benchmarks) if benchmarks else None, lenient)
+
+
+def _clean(cleaner: Cleaner, rows: Iterator[tuple[int, Record | Drop]], writer: PartitionWriter) -> Iterator[None]:
+    """Clean rows in batches, and publish their signatures with them."""
+    signatures = [np.zeros(0, SIGNATURE)]
+    while batch := list(islice(rows, BATCH)):
+        outcome, found = clean_batch(cleaner, batch)
+        signatures.append(found)
+        writer.add(len(batch), outcome)
+        yield
+    file = io.BytesIO()
+    np.save(file, np.concatenate(signatures))
+    writer.attach(SIGNATURES, file.getvalue())
 
 
 def clean_batch(cleaner: Cleaner, batch: Sequence[tuple[int, Record | Drop]]) -> tuple[Outcome, np.ndarray]:

@@ -27,17 +27,6 @@ class InputSettings(Settings):
         return {"path": given} if isinstance(given, str) else given
 
 
-class RewriteSettings(Settings):
-    """Cleaning by a language model of what rules cannot mend (translation, weak instructions; paper Table 11)."""
-
-    url: str | None = Field(None, description="OpenAI-compatible endpoint, such as http://host:8000/v1; none: off")
-    model: str = ""
-    temperature: float = Field(0.0, ge=0)
-    max_tokens: int = Field(2048, ge=1)
-    concurrency: int = Field(64, ge=1)
-    timeout_s: float = Field(300.0, gt=0)
-
-
 class DuplicateSettings(Settings):
     """When two records are the same. The earlier one, by file and row, stays."""
 
@@ -71,6 +60,5 @@ class StandardizeSettings(Settings):
     max_text_chars: int = Field(200_000, ge=1, description="of any field; a longer one puts the row in quarantine")
     max_row_bytes: int = Field(96_000_000, ge=1, description="a longer JSON row is not read")
     partition_rows: int = Field(20_000, ge=1, description="rows of the input that make one partition, at most")
-    rewrite: RewriteSettings = RewriteSettings()
     duplicates: DuplicateSettings = DuplicateSettings()
     decontaminate: DecontaminateSettings = DecontaminateSettings()

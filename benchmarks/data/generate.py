@@ -6,7 +6,7 @@ The server is the stand-in in a process of its own (r4b_core/curate/demo/standin
 is what it can do: a load generator that sends ready bytes and does not look at what comes back. ``ours`` is the whole
 stage: prompt from template, question and image, body, retries, answer read and written to the journal, record made. The
 rivals send the same messages and read the answer, no more: `openai`'s AsyncOpenAI with as many requests under way, and
-one request after the other, which is how MMFineReason's published pipeline asks. ``image`` adds a JPEG of 23 kB.
+one request after the other, which is how MMFineReason's published pipeline asks. ``image`` adds a JPEG of 24 kB.
 The best of five turns counts, since both sides share two cores with whatever else runs there.
 
 Requests per second, 2026-11-20, AMD EPYC, 2 cores shared with the server and with other jobs, Python 3.11, aiohttp

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from r4b_core.config.recipe import BpoConfig, ModelConfig
@@ -109,6 +110,18 @@ def test_gradients_are_those_of_one_rank(name: str, share_prefix: bool) -> None:
     batches = family.batches(share_prefix)[:count]
     layouts = {key: LAYOUTS[key] for key in (layouts_of(name) if IS_FOUR else PARTS[name, share_prefix])}
     print(compare_layouts(family.build, batches, HEADS[share_prefix], layouts, fill=ranks_model.keep_initial))
+
+
+def test_micro_batches_of_one_length_need_not_tell_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_shapes(*_: Any) -> None:
+        raise AssertionError("shapes are told though all are equal")
+
+    monkeypatch.setattr(P2PCommunicator, "_communicate_shapes", no_shapes)
+    family = FAMILIES["r4b"]
+    batches = [family.batches(False)[0]] * 2
+    names = ["tp2_sp_pp2_v2_selective", "pp2_v2_cp2"] if IS_FOUR else ["pp2_v2"]
+    layouts = {name: LAYOUTS[name] for name in names} | ({} if IS_FOUR else {"pp2": Layout(pp=2)})
+    compare_layouts(family.build, batches, sft_head, layouts, fill=ranks_model.keep_initial)
 
 
 def rates(family: Family) -> Optim:

@@ -17,9 +17,9 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mixes_on_two_ranks() -> None:
-    assert "10 passed" in run_ranks(CASES, 2)
+    assert "11 passed" in run_ranks(CASES, 2)
 
 
 @pytest.mark.slow
 def test_mixes_on_four_ranks() -> None:
-    assert "8 passed" in run_ranks(CASES, 4, timeout=1200)
+    assert "9 passed" in run_ranks(CASES, 4, timeout=1200)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,27 @@ _TEMPLATE_TAG = re.compile(rf"<\|\w+\|>|{THINK_OPEN}|{THINK_CLOSE}")
 
 class PromptError(ValueError):
     """A question that cannot be made into a prompt, with the reason."""
+
+
+def read_image_settings(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The image processor's settings in a checkpoint folder, and the file that holds them.
+
+    That is ``preprocessor_config.json``, or what transformers 5 writes in its place: ``processor_config.json``, where
+    they are the part ``image_processor``.
+
+    Raises:
+        ValueError: if both files are missing, or the one that counts is not readable or holds no such settings.
+    """
+    own, joint = (Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json"))
+    path = joint if joint.is_file() and not own.is_file() else own
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = found["image_processor"] if path is joint else found
+        if not isinstance(settings, dict):
+            raise TypeError(f"{type(settings).__name__} instead of settings")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: no readable image settings ({error!r})") from error
+    return path, settings
 
 
 def patch_grid(image: NDArray[np.uint8], patch_size: int = 16) -> tuple[int, int]:

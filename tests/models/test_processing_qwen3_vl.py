@@ -241,14 +241,14 @@ def test_settings_come_from_the_checkpoint(tmp_path: Path) -> None:
     for text, message in (
         (json.dumps({"image_mean": [0.48, 0.46, 0.41]}), "image_mean = .* 0.5 for all three"),
         (json.dumps({"size": {"shortest_edge": 100, "longest_edge": 10}}), "need 1 <= min <= max"),
-        ("[]", "not the image settings"),
-        ("{", "not the image settings"),
+        ("[]", "no readable image settings"),
+        ("{", "no readable image settings"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_settings(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json: not the image settings"):
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: no readable image settings"):
         read_settings(tmp_path)
 
 
@@ -269,3 +269,14 @@ def test_samples_that_cannot_be_used_are_quarantined(tmp_path: Path) -> None:
         "question cannot be used": 1,
         "longer than the packing capacity": 1,
     }
+
+
+def test_settings_come_from_what_transformers_5_saves(tmp_path: Path) -> None:
+    """A processor that it saves whole keeps the image settings in ``processor_config.json``."""
+    # Saving one takes a video processor, and that torchvision: the part that counts is what `to_dict` gives.
+    joint = {"processor_class": "Qwen3VLProcessor", "image_processor": qwen_image_processor(4096, 65536).to_dict()}
+    (tmp_path / "processor_config.json").write_text(json.dumps(joint))
+    assert read_settings(tmp_path) == ImageSettings(4096, 65536)
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"processor_config\.json: no readable image settings"):
+        read_settings(tmp_path)

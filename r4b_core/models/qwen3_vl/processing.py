@@ -5,7 +5,6 @@ The tags are those of Qwen's tokenizer; image limits are read from a checkpoint'
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from r4b_core.data.chat import (
     render,
 )
 from r4b_core.data.images import ImageError
-from r4b_core.data.processing import check_pixels, for_each, resize, write_patches
+from r4b_core.data.processing import check_pixels, for_each, read_image_settings, resize, write_patches
 from r4b_core.data.schema import Sample
 from r4b_core.models.qwen3_vl.positions import Qwen3VLPrompt
 
@@ -90,14 +89,13 @@ class ImageSettings:
 
 
 def read_settings(folder: str | Path, frames: int = 1) -> ImageSettings:
-    """The settings in a checkpoint folder's ``preprocessor_config.json``.
+    """The settings of a checkpoint folder's image processor (`read_image_settings`).
 
     Raises:
-        ValueError: if the file is missing or says something that is not Qwen3-VL's.
+        ValueError: if they are missing or are not Qwen3-VL's.
     """
-    path = Path(folder) / "preprocessor_config.json"
+    path, found = read_image_settings(folder)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         size = found.get("size") or {}
         mean, std = (list(found.get(name, [0.5] * 3)) for name in ("image_mean", "image_std"))
         settings = ImageSettings(
@@ -107,7 +105,7 @@ def read_settings(folder: str | Path, frames: int = 1) -> ImageSettings:
             merge_size=int(found.get("merge_size", ImageSettings.merge_size)),
             frames=frames,
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the image settings of a Qwen3-VL checkpoint ({error})") from error
     if mean != [0.5] * 3 or std != [0.5] * 3:
         raise ValueError(f"{path}: image_mean = {mean}, image_std = {std}; Qwen3-VL's are 0.5 for all three colours")

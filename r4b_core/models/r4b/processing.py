@@ -9,7 +9,6 @@ Shapes: side = tile_size // patch_size patches along a tile, P patches, I tiles.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from r4b_core.data.chat import (
     render,
 )
 from r4b_core.data.encoding import EncodedPrompt
-from r4b_core.data.processing import check_pixels, for_each, resize, write_patches
+from r4b_core.data.processing import check_pixels, for_each, read_image_settings, resize, write_patches
 from r4b_core.data.schema import Sample
 from r4b_core.modes import IMAGE, NEWLINE
 
@@ -86,18 +85,17 @@ class AnyRes:
 
 
 def read_settings(folder: str | Path, patch_size: int = 14) -> AnyRes:
-    """The settings in a checkpoint folder's ``preprocessor_config.json``; the patch size is the vision tower's.
+    """The settings of a checkpoint folder's image processor; the patch size is the vision tower's.
 
     Raises:
-        ValueError: if the file is missing or does not say how to tile.
+        ValueError: if they are missing or do not say how to tile.
     """
-    path = Path(folder) / "preprocessor_config.json"
+    path, found = read_image_settings(folder)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         height, width = found["size"]["height"], found["size"]["width"]
         sizes = tuple((int(rows), int(columns)) for rows, columns in found["image_grid_pinpoints"])
         mean, std = list(found["image_mean"]), list(found["image_std"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not the image settings of an R-4B checkpoint ({error!r})") from error
     if height != width or mean != [0.5] * 3 or std != [0.5] * 3:
         raise ValueError(

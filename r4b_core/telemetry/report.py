@@ -34,6 +34,7 @@ __all__ = ["hero_figure", "write_report"]
 
 REPORT = "report.html"
 ALARM_LIMIT = 12
+TILE_LIMIT = 6
 MAX_NAME = 200
 
 
@@ -221,8 +222,8 @@ def _tiles(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             if new is None:
                 old, new = None, old
             figures.append((label, None if old is None else _figure(old, percent), _figure(new, percent)))
-        tiles.append({"family": row["family"], "figures": figures})
-    return tiles
+        tiles.append({"family": "all" if row["family"] == "overall" else row["family"], "figures": figures})
+    return tiles[:TILE_LIMIT]
 
 
 def _table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -294,12 +294,15 @@ def agreed(runtime: Runtime, work: Callable[[], T]) -> T:
     Raises:
         ValueError: with the first rank's reason.
     """
-    result, error = None, ""
+    result, problem = None, None
     try:
         result = work()
-    except (OSError, ValueError, pa.ArrowException) as problem:
-        error = str(problem) or type(problem).__name__
-    errors = [error] if runtime.world == 1 else runtime.gather(error)
+    except Exception as error:
+        problem = error
+    said = "" if problem is None else str(problem) or type(problem).__name__
+    errors = [said] if runtime.world == 1 else runtime.gather(said)
+    if problem is not None and not isinstance(problem, OSError | ValueError | pa.ArrowException):
+        raise problem  # ours, not the user's: with its traceback
     if first := next((found for found in errors if found), ""):
-        raise ValueError(first)
+        raise ValueError(first) from problem
     return result  # type: ignore[return-value]

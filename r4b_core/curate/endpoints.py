@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import logging
 import os
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -199,7 +199,8 @@ class Pool:
     ) -> None:
         self.endpoints, self.calls, self._probe, self._on_stop = list(endpoints), calls, probe, on_stop
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []  # a heap
+        self._tickets = self._woken = 0
         self._probing: set[asyncio.Task[None]] = set()
         self._stopped: EndpointError | None = None
         for endpoint in self.endpoints:
@@ -226,25 +227,33 @@ class Pool:
                 self._open(endpoint)
 
     async def acquire(self) -> Endpoint:
-        """The endpoint for the next request, once one is free; the least loaded for its weight.
+        """The least loaded endpoint for its weight, once one is free. First come, first served.
 
         Raises:
             EndpointError: when the stage has to stop.
         """
+        self._tickets += 1
+        ticket = self._tickets
+        is_next = not self._waiting and not self._woken
         while True:
             if self._stopped:
                 raise EndpointError(str(self._stopped))
-            if (endpoint := self._choose()) is not None:
+            if is_next and (endpoint := self._choose()) is not None:
                 endpoint.in_flight += 1
+                if self._waiting and not self._woken:
+                    self._wake_all()  # whoever came while this one was being woken
                 return endpoint
             waiter: asyncio.Future[None] = self._loop.create_future()
-            self._waiting.append(waiter)
+            heapq.heappush(self._waiting, (ticket, waiter))
             try:
                 await waiter
+                is_next = True
             except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
+                if not waiter.cancelled():
                     self._wake(1)
                 raise
+            finally:
+                self._woken -= waiter.done() and not waiter.cancelled()
 
     def release(self, endpoint: Endpoint) -> None:
         """The request that `acquire` gave the endpoint for is over."""
@@ -264,7 +273,7 @@ class Pool:
             endpoint.last_alive = self._loop.time()
             if retry_after:
                 endpoint.paused_until = max(endpoint.paused_until, self._loop.time() + retry_after)
-                self._loop.call_later(retry_after, self._wake)
+                self._loop.call_later(retry_after, self._wake_all)
             return
         endpoint.failures += 1
         if endpoint.is_open:
@@ -280,7 +289,7 @@ class Pool:
         if self._stopped is None:
             self._stopped = error
             self._on_stop(error)
-        self._wake()
+        self._wake(len(self._waiting))
 
     async def close(self) -> None:
         """End the probes."""
@@ -289,23 +298,27 @@ class Pool:
         await asyncio.gather(*self._probing, return_exceptions=True)
 
     def _choose(self) -> Endpoint | None:
-        now = self._loop.time()
-        free = [
-            endpoint
-            for endpoint in self.endpoints
-            if not endpoint.is_open
-            and endpoint.in_flight < endpoint.settings.concurrency
-            and endpoint.paused_until <= now
-        ]
+        free = [endpoint for endpoint in self.endpoints if self._room(endpoint) > 0]
         return min(free, key=lambda endpoint: (endpoint.in_flight + 1) / endpoint.settings.weight, default=None)
 
-    def _wake(self, number: int | None = None) -> None:
-        """Let waiters look again: all of them unless a number is given."""
-        while self._waiting and number != 0:
-            waiter = self._waiting.popleft()
+    def _room(self, endpoint: Endpoint) -> int:
+        """How many requests more it may have."""
+        if endpoint.is_open or endpoint.paused_until > self._loop.time():
+            return 0
+        return endpoint.settings.concurrency - endpoint.in_flight
+
+    def _wake(self, number: int) -> None:
+        """Let so many waiters look again."""
+        while self._waiting and number > 0:
+            _, waiter = heapq.heappop(self._waiting)
             if not waiter.done():
                 waiter.set_result(None)
-                number = None if number is None else number - 1
+                self._woken += 1
+                number -= 1
+
+    def _wake_all(self) -> None:
+        """Let as many waiters look again as there is room for."""
+        self._wake(sum(max(0, self._room(endpoint)) for endpoint in self.endpoints))
 
     def _open(self, endpoint: Endpoint) -> None:
         """Send nothing until a probe succeeds."""
@@ -330,7 +343,7 @@ class Pool:
         logger.info("%s answers again", endpoint.url)
         # Half open: one more failure opens it again.
         endpoint.is_open, endpoint.is_hopeless, endpoint.failures = False, False, _BREAKER - 1
-        self._wake()
+        self._wake_all()
 
     async def _is_ready(self, endpoint: Endpoint) -> bool:
         try:

@@ -78,6 +78,47 @@ def test_a_full_endpoint_serves_in_turn() -> None:
     run(check())
 
 
+def test_who_comes_later_waits_behind_those_who_wait() -> None:
+    async def check() -> None:
+        (endpoint,) = endpoints(1, concurrency=2)
+        pool, order = Pool([endpoint], CALLS.model_copy(update={"outage_s": 5}), Probe()), []
+
+        async def use(number: int) -> None:
+            taken = await pool.acquire()
+            order.append(number)
+            await asyncio.sleep(0.001)
+            pool.release(taken)
+
+        tasks = [asyncio.ensure_future(use(number)) for number in range(10)]
+        for number in range(10, 40):
+            await asyncio.sleep(0)
+            tasks.append(asyncio.ensure_future(use(number)))
+        for _ in range(5):
+            pool.failed(endpoint, Failure.CONNECTION, "reset", None)  # opens, and is found in order again
+        pool.failed(endpoint, Failure.RATE_LIMITED, "slow down", 0.02)
+        await asyncio.gather(*tasks)
+        assert order == list(range(40))
+        await pool.close()
+
+    run(check())
+
+
+def test_nobody_waits_while_there_is_room() -> None:
+    async def check() -> None:
+        (endpoint,) = endpoints(1, concurrency=2)
+        pool = Pool([endpoint], CALLS, Probe())
+        for _ in range(2):
+            await pool.acquire()
+        waiter = asyncio.ensure_future(pool.acquire())
+        await asyncio.sleep(0)
+        late = asyncio.ensure_future(pool.acquire())  # it comes between the waking of the waiter and its turn
+        pool.release(endpoint)
+        pool.release(endpoint)
+        assert await asyncio.wait_for(asyncio.gather(waiter, late), 1) == [endpoint, endpoint]
+
+    run(check())
+
+
 def test_a_cancelled_waiter_passes_its_turn_on() -> None:
     async def check() -> None:
         (endpoint,) = endpoints(1, concurrency=1)

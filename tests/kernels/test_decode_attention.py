@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from r4b_kernels import PrefixLayout, decode_attention, dispatch, native, prefix_attention, qk_norm_mrope
+from r4b_kernels.decode_attention import composed
 
 CPU = torch.device("cpu")
 BACKENDS = [
@@ -17,6 +19,7 @@ BACKENDS = [
         "native", marks=pytest.mark.skipif(native.cpu_available(CPU) is not None, reason=str(native.cpu_available(CPU)))
     ),
     "cpu",
+    "torch",
 ]
 CACHES = ("own_keys", "own_values")
 
@@ -102,8 +105,8 @@ def test_against_the_definition(case: tuple, backend: str) -> None:
     assert got["out"].shape == (sum(case[0]), 2 * case[1] * case[2])
     for name, x in exact.items():
         torch.testing.assert_close(got[name].double(), x, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    if backend == "cpu":
-        assert max(error(run(inputs, "cpu", eps=1e-3, scale=0.3), exact).values()) < 1e-13
+    if backend != "native":
+        assert max(error(run(inputs, backend, eps=1e-3, scale=0.3), exact).values()) < 1e-13
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -263,6 +266,20 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     inputs = as_dtype(make_case((2, 1), 2, 16, 8, 8), torch.float32)
     with pytest.raises(ValueError, match=message):
         decode_attention(**(inputs | change))
+
+
+@pytest.mark.parametrize(("device", "default"), [("cpu", "meta"), ("meta", "cpu")])
+def test_the_torch_backend_neither_waits_for_a_device_nor_leaves_it(device: str, default: str) -> None:
+    """On tensors without values: one that is asked for raises, and so does a tensor made on the default device."""
+    inputs = as_dtype(make_case((2, 0, 1), 2, 16, 8, 8), torch.bfloat16)
+    with FakeTensorMode():
+        fake = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs.values()]
+        with torch.device(default):
+            out = composed.Backend.forward(*fake, 1e-6, 0.25)
+    assert out.device.type == device and out.shape == (3, 64)
+    expected = {backend: run(inputs, backend)["out"] for backend in ("torch", "cpu")}
+    with torch.device("meta"):
+        assert all(torch.equal(run(inputs, backend)["out"], out) for backend, out in expected.items())
 
 
 def test_is_a_torch_op() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from r4b_kernels import dispatch, draw_tokens, native
+from r4b_kernels.draw_tokens import cpu
 
 CPU = torch.device("cpu")
 _REASON = native.cpu_available(CPU)
@@ -126,6 +128,24 @@ def test_other_dtypes_are_served_by_the_next(dtype: torch.dtype) -> None:
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_tokens(**(dict(logits=torch.zeros(3, 4), point=torch.zeros(3, dtype=torch.float64)) | change))
+
+
+@pytest.mark.parametrize(("device", "default"), [("cpu", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.9), (0.0, 1.0)])
+def test_the_torch_backend_neither_waits_for_a_device_nor_leaves_it(
+    temperature: float, top_p: float, device: str, default: str
+) -> None:
+    """On tensors without values: one that is asked for raises, and so does a tensor made on the default device."""
+    inputs = torch.randn(3, 9).bfloat16(), points(3), torch.tensor([-1, 2, -1])
+    with FakeTensorMode():
+        fake = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs]
+        with torch.device(default):
+            outs = cpu.Backend.forward(*fake, temperature, top_p)
+    assert all(x.device.type == device and x.shape == (3,) for x in outs)
+    expected = draw_tokens(*inputs, temperature=temperature, top_p=top_p, backend="torch")
+    with torch.device("meta"):
+        again = draw_tokens(*inputs, temperature=temperature, top_p=top_p, backend="torch")
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
 def test_is_a_torch_op() -> None:

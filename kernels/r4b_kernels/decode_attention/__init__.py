@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from r4b_kernels import dispatch, native
+from r4b_kernels.decode_attention import composed as _composed
 from r4b_kernels.decode_attention import cpu as _cpu
 from r4b_kernels.decode_attention import reference as _reference
 
@@ -14,6 +15,7 @@ __all__ = ["decode_attention"]
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("decode_attention", "native", "r4b_kernels.decode_attention.native:Backend", native.cpu_available)
 dispatch.register("decode_attention", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("decode_attention", "torch", _composed.Backend)
 dispatch.register("decode_attention", "reference", _reference.Backend)
 
 

@@ -33,15 +33,16 @@ class _Grid(NamedTuple):
 # Keyed by content: the rows are the same for many steps and all layers.
 @lru_cache(maxsize=8)
 def _grid(offsets: tuple[int, ...]) -> _Grid:
-    ends = torch.tensor(offsets)
+    ends = torch.tensor(offsets, device="cpu")
     counts = ends.diff()
     width = int(counts.max())
-    prompt = torch.arange(len(counts)).repeat_interleave(counts)
+    prompt = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
     if bool((counts == width).all()):
         return _Grid(width, prompt, None, None)
-    places = prompt * width + torch.arange(len(prompt)) - ends[:-1][prompt]
-    rows = torch.zeros(len(counts) * width, dtype=torch.int64)
-    rows[places] = torch.arange(len(prompt))
+    row = torch.arange(len(prompt), device="cpu")
+    places = prompt * width + row - ends[:-1][prompt]
+    rows = torch.zeros(len(counts) * width, dtype=torch.int64, device="cpu")
+    rows[places] = row
     return _Grid(width, prompt, rows, places)
 
 
@@ -69,26 +70,42 @@ class Backend:
         if not rows:
             return mixed.new_empty(0, heads * share * dim)
         grid = _grid(tuple(offsets.tolist()))
-        weight = torch.cat([(q_weight * scale).expand(share, dim), k_weight[None]])
-        normed = F.rms_norm(mixed.transpose(0, 1)[:, :, :-1], (dim,), None, eps) * weight
-        same, rolled = rope[:, :, None].unbind()
-        turned = torch.addcmul(normed * same, normed.roll(dim // 2, -1), rolled)
-        place = column.clamp(0, columns - 1)[:, None, None]
-        own_keys.scatter_(3, place.expand(heads, rows, dim, 1), turned[:, :, share, :, None])
-        own_values.scatter_(2, place.expand(heads, rows, 1, dim), mixed.transpose(0, 1)[:, :, -1:])
-
-        query = turned[:, :, :share].reshape(heads * rows, share, dim)
+        query = append(mixed, q_weight, k_weight, rope, column, own_keys, own_values, eps, scale)
         longest, filled = int(prompt_lengths.max()), min(max(int(column.max()), 0) + 1, columns)
         own_keys, own_values = (x.flatten(0, 1) for x in (own_keys[..., :filled], own_values[:, :, :filled]))
         prompt_keys, prompt_values = (
             x.flatten(0, 1) for x in (prompt_keys[..., :longest], prompt_values[:, :, :longest])
         )
         scores = torch.cat([_to_prompts(query, prompt_keys, heads, grid), torch.bmm(query, own_keys)], 2)
-        _mask(scores.view(heads, rows, share, -1), prompt_lengths[grid.prompt], longest, column, filled)
+        mask(scores.view(heads, rows, share, -1), prompt_lengths[grid.prompt], longest, column, filled)
         probs = scores.softmax(2)
         out = _to_prompts(probs[..., :longest], prompt_values, heads, grid)
         out = torch.baddbmm(out, probs[..., longest:], own_values)
         return out.view(heads, rows, -1).transpose(0, 1).reshape(rows, -1)
+
+
+def append(
+    mixed: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    column: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    """The rows' queries [Hk * N, s, D], normed, turned and scaled; their keys and values go into the caches."""
+    rows, heads, each, dim = mixed.shape
+    share = each - 2
+    weight = torch.cat([(q_weight * scale).expand(share, dim), k_weight[None]])
+    normed = F.rms_norm(mixed.transpose(0, 1)[:, :, :-1], (dim,), None, eps) * weight
+    same, rolled = rope[:, :, None].unbind()
+    turned = torch.addcmul(normed * same, normed.roll(dim // 2, -1), rolled)
+    place = column.clamp(0, own_values.shape[2] - 1)[:, None, None]
+    own_keys.scatter_(3, place.expand(heads, rows, dim, 1), turned[:, :, share, :, None])
+    own_values.scatter_(2, place.expand(heads, rows, 1, dim), mixed.transpose(0, 1)[:, :, -1:])
+    return turned[:, :, :share].reshape(heads * rows, share, dim)
 
 
 def _to_prompts(x: Tensor, right: Tensor, heads: int, grid: _Grid) -> Tensor:
@@ -102,8 +119,8 @@ def _to_prompts(x: Tensor, right: Tensor, heads: int, grid: _Grid) -> Tensor:
     return out
 
 
-def _mask(scores: Tensor, lengths: Tensor, longest: int, column: Tensor, filled: int) -> None:
+def mask(scores: Tensor, lengths: Tensor, longest: int, column: Tensor, filled: int) -> None:
     """Take from scores [Hk, N, s, longest + filled] the columns that a row does not see."""
-    unused = torch.arange(longest) >= lengths[:, None]
-    unwritten = torch.arange(filled) > column[:, None]
+    unused = torch.arange(longest, device=scores.device) >= lengths[:, None]
+    unwritten = torch.arange(filled, device=scores.device) > column[:, None]
     scores.masked_fill_(torch.cat([unused, unwritten], 1)[:, None], float("-inf"))

@@ -1,4 +1,4 @@
-"""draw_tokens in torch's calls on whole rows."""
+"""draw_tokens in torch's calls on whole rows, on any device; none of them waits for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from r4b_kernels.precision import accumulation_dtype
 
 
 class Backend:
-    """The cpu backend."""
+    """The cpu backend, and the torch one."""
 
     @staticmethod
     def forward(

@@ -190,6 +190,7 @@ class PartitionWriter:
         self._attached: dict[str, bytes] = {}
         self._waiting: list[Record] = []
         self._waiting_bytes = 0
+        self._written = 0
         self._open = ExitStack()
         try:
             self._records, self._dropped = (self._open.enter_context(_create(path)) for path in self._aside.values())
@@ -216,6 +217,8 @@ class PartitionWriter:
     def commit(self) -> None:
         """Make everything durable and publish it, the sidecar last."""
         self._flush()
+        if self._written != self.counts.num_kept:
+            raise AssertionError(f"{self._written} records were written, {self.counts.num_kept} were kept")
         self._parquet.close()
         for file in (self._records, self._dropped):
             file.flush()
@@ -246,6 +249,7 @@ class PartitionWriter:
     def _flush(self) -> None:
         if self._waiting:
             self._parquet.write_table(to_table(self._waiting))
+            self._written += len(self._waiting)
             self._waiting, self._waiting_bytes = [], 0
 
 

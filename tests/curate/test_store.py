@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -57,6 +58,9 @@ def test_one_output_per_partition_with_its_counts_and_drops(tmp_path: Path) -> N
         "dropped": [{"source": "unit", "reason": "odd", "count": 12}],
         "quarantined": [{"source": "unit", "reason": "round", "count": 3}],
     }
+    file = out / "part-00000.parquet"
+    blake = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    assert first["output"] == {"bytes": file.stat().st_size, "digest": blake}
     total = folder_counts(out)
     assert total.read == 35 == total.num_kept + total.dropped.total() + total.quarantined.total()
     drops = list(dropped_rows(out))
@@ -284,11 +288,13 @@ def test_a_stage_that_loses_a_record_is_stopped(tmp_path: Path) -> None:
 
 
 def test_where_batches_end_leaves_no_trace(tmp_path: Path) -> None:
-    record_folder(tmp_path / "in", (700,))
+    record_folder(tmp_path / "in", (1400,))
     for batch in (1, 64, 1000):
         with open_stage(tmp_path / str(batch), "odd-out", {}, partitions_of(tmp_path / "in")) as store:
             do(store, batch=batch)
     assert published(tmp_path / "1") == published(tmp_path / "64") == published(tmp_path / "1000")
+    kept = [int(record.id) for record in read_records(tmp_path / "64" / "part-00000.parquet")]
+    assert kept == [i for i in range(1400) if i % 2 == 0 and i % 10]
 
 
 def test_a_json_file_beside_foreign_data_is_no_sidecar(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def _plan_parquet(path: Path, rows: int) -> list[Piece]:
 
 def _read_parquet(path: Path, piece: Piece, columns: frozenset[str]) -> Iterator[Row]:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, buffer_size=CHUNK)
     except _ARROW_ERRORS as error:
         yield piece.start, Bad("unreadable file", f"not a whole Parquet file: {_brief(error)}")
         return

@@ -126,7 +126,8 @@ def _job(
     from r4b_core.curate.recipe import load_curate_recipe
 
     resolved = load_curate_recipe(recipe, overrides or ())
-    return resolved, Job(resolved.recipe, run or Path("runs") / resolved.recipe.name, ray, force)
+    folder = run or Path("runs") / resolved.recipe.name
+    return resolved, Job(resolved.recipe, folder.absolute() if ray else folder, ray, force)  # nodes start elsewhere
 
 
 def _tell(stage: StageName, counts: Counts) -> None:

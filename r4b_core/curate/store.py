@@ -36,6 +36,9 @@ FORMAT = 1
 STAGE_FILE = "stage.json"
 ROW_GROUP_RECORDS = 256
 ROW_GROUP_BYTES = 64 * 2**20
+# Encoded pictures do not get smaller, and texts hardly repeat: to try costs more than all the rest of the writing.
+_COMPRESSION = {name: "zstd" for name in SCHEMA.names if name != "images"}
+_REPETITIVE = ["source", "finish_reason", "verdict", "verdict_reason", "mode"]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -194,7 +197,9 @@ class PartitionWriter:
         self._open = ExitStack()
         try:
             self._records, self._dropped = (self._open.enter_context(_create(path)) for path in self._aside.values())
-            self._parquet = self._open.enter_context(pq.ParquetWriter(self._records, SCHEMA, compression="zstd"))
+            self._parquet = self._open.enter_context(
+                pq.ParquetWriter(self._records, SCHEMA, compression=_COMPRESSION, use_dictionary=_REPETITIVE)
+            )
         except BaseException:
             self.abort()
             raise

@@ -126,11 +126,11 @@ def split_qkv(attention: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, 
     mixed = mixed.view(mixed.shape[0], groups, per_group + 2, dim)
     query, key, value = mixed.split([per_group, 1, 1], dim=2)
     tokens = mixed.shape[0]
-    return (
-        query.reshape(tokens, groups * per_group, dim),
-        key.reshape(tokens, groups, dim),
-        value.reshape(tokens, groups, dim),
-    )
+    query, key, value = (x.reshape(tokens, -1, dim) for x in (query, key, value))
+    if per_group > 1:
+        # The queries were copied: views of the joint projection would keep it for the backward beside the copy.
+        key, value = key.contiguous(), value.contiguous()
+    return query, key, value
 
 
 class GatedMLP(MLP):

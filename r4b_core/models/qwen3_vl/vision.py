@@ -187,7 +187,8 @@ class RotaryVisionStream(VisionStream):
         self._turn = angles.cos(), angles.sin()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return super().attend(layer, self._rotate(query), self._rotate(key), value)
+        # What is turned is new: a view of the joint projection would be all that keeps it for the backward.
+        return super().attend(layer, self._rotate(query), self._rotate(key), value.contiguous())
 
     def _rotate(self, x: Tensor) -> Tensor:
         """[P, heads, D], in float32 and rounded once."""

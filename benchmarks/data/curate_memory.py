@@ -5,7 +5,15 @@
 Records are tiny (a question of 20 words, no picture), so that what grows with their number shows: the signatures that
 repetitions are looked for in, and the choice. The ``ours`` of a row is seconds, the memory is in ``extra_info``.
 
-RESULTS
+Peak MiB, 2026-11-20, AMD EPYC, 2 cores shared with other jobs, Python 3.11, pyarrow 26.0.1, commit 14288ed, one run:
+
+=========  ============  =============  =========
+records    before        standardize    select
+=========  ============  =============  =========
+10,000     82            149            149
+50,000     81            162            166
+200,000    81            165            165
+=========  ============  =============  =========
 """
 
 from __future__ import annotations

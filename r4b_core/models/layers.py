@@ -127,8 +127,8 @@ def split_qkv(attention: SelfAttention, hidden_states: Tensor) -> tuple[Tensor, 
     query, key, value = mixed.split([per_group, 1, 1], dim=2)
     tokens = mixed.shape[0]
     query, key, value = (x.reshape(tokens, -1, dim) for x in (query, key, value))
-    if per_group > 1:
-        # The queries were copied: views of the joint projection would keep it for the backward beside the copy.
+    if groups > 1 and per_group > 1:
+        # The queries had to be copied: views of the joint projection would keep it for the backward beside the copy.
         key, value = key.contiguous(), value.contiguous()
     return query, key, value
 

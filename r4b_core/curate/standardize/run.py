@@ -122,6 +122,8 @@ def _rewritten(
     source, target = folder / "read", folder / "rewritten"
     with open_stage(source, "read", asked, partitions, force=force) as store:
         run(store, CleanWork(settings, None, lenient=True), advance)
+    if force:
+        shutil.rmtree(target, ignore_errors=True)  # the replies lie elsewhere
     rewriter(source, target, folder)
     return LookAgainWork(settings, index, source, target)
 

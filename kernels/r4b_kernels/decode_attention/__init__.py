@@ -15,6 +15,9 @@ __all__ = ["decode_attention"]
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("decode_attention", "native", "r4b_kernels.decode_attention.native:Backend", native.cpu_available)
 dispatch.register("decode_attention", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register(
+    "decode_attention", "triton", "r4b_kernels.decode_attention.triton:Backend", dispatch.where_triton_runs
+)
 dispatch.register("decode_attention", "torch", _composed.Backend)
 dispatch.register("decode_attention", "reference", _reference.Backend)
 

@@ -91,8 +91,22 @@ def select_device(*, overlap: bool = False) -> None:
 
     With ``overlap`` (tensor parallelism) work is queued in the order of its launch, which Megatron-Core's overlap of
     communication with matrix products relies on: ``CUDA_DEVICE_MAX_CONNECTIONS`` is set to 1 unless it is set already.
+
+    Raises:
+        ValueError: this rank has no GPU of its own: ``LOCAL_RANK`` is missing, or there are more ranks than GPUs.
     """
     if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if count > 1 and "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"the environment has WORLD_SIZE but not LOCAL_RANK: all ranks here would take the first of {count} "
+                "GPUs; start with torchrun, or set LOCAL_RANK to the rank on this machine"
+            )
+        if (index := device().index) >= count:
+            raise ValueError(
+                f"LOCAL_RANK = {index}, and this process sees {count} GPU{'s' if count > 1 else ''}: start no more "
+                "ranks on this machine (torchrun --nproc-per-node), or set LOCAL_RANK=0 where each sees only its own"
+            )
         if overlap:
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device())

@@ -95,3 +95,32 @@ def test_the_stand_in_generator_is_the_cpu_generator() -> None:
 
 def test_backend_and_device_agree() -> None:
     assert ("nccl" in device.distributed_backend()) == (device.device().type == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE but not LOCAL_RANK"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "2"}, "LOCAL_RANK = 2, and this process sees 2 GPUs"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_every_rank_needs_a_gpu_of_its_own(
+    environment: dict[str, str], problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if problem is None:
+        device.select_device()
+        assert chosen == [torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))]
+    else:
+        with pytest.raises(ValueError, match=problem):
+            device.select_device()
+        assert not chosen

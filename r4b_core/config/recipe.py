@@ -46,6 +46,9 @@ class DataConfig(Settings):
     lookahead: int = Field(16, ge=1, description="records: how many are at hand to fill a packed sequence from")
     prefetch: int = Field(2, ge=0, description="records: steps that are prepared ahead while one is trained on")
     threads: int = Field(2, ge=1, description="records: threads that decode the images of a step")
+    decoder: Literal["pillow", "dali"] = Field(
+        "pillow", description="records: what decodes; dali on the GPU where one is"
+    )
     max_bad_share: float = Field(
         0.2, ge=0, le=1, description="records: the run ends if more of the first 1,000 cannot be used"
     )

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -26,9 +26,10 @@ import torch
 from numpy.typing import NDArray
 
 from r4b_core.data.batch import PackedBatch
+from r4b_core.data.dali import Backend, open_images
 from r4b_core.data.encoding import EncodedPrompt, decision_of, encode_response
 from r4b_core.data.files import TEACHER, USED, RecordFiles, Row, record_of, teacher_of
-from r4b_core.data.images import ImageError, open_image
+from r4b_core.data.images import ImageError
 from r4b_core.data.packing import Response, pack_sequence
 from r4b_core.data.processing import PromptError
 from r4b_core.data.records import Record, ResponseError, Teacher, image_size, to_sample
@@ -183,6 +184,10 @@ class Planner:
         multiple, pad_to: as for ``pack_sequence``.
         mask_empty_think: no loss on the forced tokens of direct responses.
         teacher_slots: K; the rows' teacher columns become ``teacher_ids`` and ``teacher_logprobs`` [R, K]. 0: none.
+        decoder: of images; ``gpu`` is the one that DALI works on, None its CPU backend.
+
+    Raises:
+        ValueError: the decoder is not installed.
     """
 
     def __init__(
@@ -194,7 +199,11 @@ class Planner:
         pad_to: int | None = None,
         mask_empty_think: bool = False,
         teacher_slots: int = 0,
+        decoder: Backend = "pillow",
+        gpu: int | None = None,
     ) -> None:
+        self._open = partial(open_images, backend=decoder, device_id=gpu)
+        self._open([])  # says now if the decoder is missing
         self.processor, self.capacity, self.multiple, self.pad_to = processor, capacity, multiple, pad_to
         self.mask_empty_think, self.teacher_slots = mask_empty_think, teacher_slots
 
@@ -223,9 +232,11 @@ class Planner:
         """The packed sequence of the items, and those whose pixels proved to be damaged."""
         chosen: list[tuple[EncodedPrompt, Response]] = []
         used, bad, room = [], [], self.capacity
+        opened = iter(self._open([image for item in items for image in item.record.images]))
         for item in items:
+            images = [next(opened) for _ in item.record.images]
             try:
-                sample = replace(item.sample, images=[open_image(image) for image in item.record.images])
+                sample = replace(item.sample, images=[_sound(image) for image in images])
                 prompt = self.processor.encode_prompt(sample)
                 room -= (length := prompt.num_tokens + len(item.response) - 1)
                 if room < 0:
@@ -371,6 +382,12 @@ class Step:
     bad: list[Bad]
     epochs: float
     lanes: dict[str, dict[str, Any]]
+
+
+def _sound(image: NDArray[np.uint8] | ImageError) -> NDArray[np.uint8]:
+    if isinstance(image, ImageError):
+        raise image
+    return image
 
 
 class RecordStream:

@@ -88,6 +88,8 @@ class Feed(AbstractContextManager["Feed"]):
             pad_to=cut["pad_to"],
             mask_empty_think=config.mask_empty_think,
             teacher_slots=teacher_slots,
+            decoder=recipe.data.decoder,
+            gpu=ranks.device.index if ranks.device.type == "cuda" else None,
         )
         self._stream = RecordStream(
             source.train,

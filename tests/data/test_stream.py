@@ -431,3 +431,13 @@ def test_a_teachers_columns_come_along(tmp_path: Path, processor: Processor) -> 
     bad = [record for step in steps for record in step.bad]
     assert {record.id for record in bad} == {records[1].key}
     assert "the teacher's tokens are not those of this tokenizer" in bad[0].detail
+
+
+def test_a_decoder_that_is_not_there_is_said_before_anything_is_read(processor: Processor) -> None:
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="DALI"):
+            Planner(processor, CAPACITY, decoder="dali")
+    else:
+        pytest.skip("NVIDIA DALI is installed")

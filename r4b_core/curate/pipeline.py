@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def _standardize(job: Job, folder: Path, advance: Advance) -> Counts:
 def _generate(job: Job, folder: Path, advance: Advance) -> Counts:
     from r4b_core.curate.generate import open_generate
 
-    return _ask(job, "generate", folder, open_generate, job.recipe.generate, advance)
+    settings = job.recipe.generate
+    return _ask(job, "generate", folder, open_generate, settings, settings.content, advance)
 
 
 def _verify(job: Job, folder: Path, advance: Advance) -> Counts:
@@ -115,7 +117,9 @@ def _verify(job: Job, folder: Path, advance: Advance) -> Counts:
 def _score(job: Job, folder: Path, advance: Advance) -> Counts:
     from r4b_core.curate.score import open_score
 
-    return _ask(job, "score", folder, open_score, job.recipe.score, advance)
+    settings, judge = job.recipe.score, job.recipe.judge
+    asked = {"score": settings.content, "judge": judge.content if judge.endpoints else None}
+    return _ask(job, "score", folder, partial(open_score, judge=judge), settings, asked, advance)
 
 
 def _select(job: Job, folder: Path, advance: Advance) -> Counts:
@@ -125,12 +129,14 @@ def _select(job: Job, folder: Path, advance: Advance) -> Counts:
     return select(folder, source, job.recipe.select, job.recipe.seed, job.do, advance, force=job.force)
 
 
-def _ask(job: Job, stage: StageName, folder: Path, make: Any, settings: Any, advance: Advance) -> Counts:
+def _ask(
+    job: Job, stage: StageName, folder: Path, make: Any, settings: Any, asked: dict[str, Any], advance: Advance
+) -> Counts:
     """A stage that waits for endpoints: one process keeps thousands of requests under way, on Ray or not."""
     from r4b_core.curate.asking import AskWork
 
     partitions = _input(job, stage)
-    with open_stage(folder, stage, settings.content, partitions, force=job.force) as store:
+    with open_stage(folder, stage, asked, partitions, force=job.force) as store:
         run_stage(store, AskWork(make, settings, folder, tuple(store.pending())), 0, advance)
         return store.counts()
 

@@ -37,7 +37,7 @@ class CurateRecipe(Settings):
     verify: VerifySettings = VerifySettings()
     judge: ServedModel = Field(
         ServedModel(model="Qwen/Qwen3-30B-A3B-Thinking-2507", temperature=0.0, max_tokens=8192),
-        description="of what verify's rules cannot decide, and of nothing else; without endpoints there is none",
+        description="of what the rules of verify and score cannot decide, and of nothing else; without endpoints: none",
     )
     score: ScoreSettings = ScoreSettings()
     select: SelectSettings = SelectSettings()

@@ -34,7 +34,7 @@ _ENDS: dict[Fate, tuple[StageName, str]] = {
     Fate.WRONG: ("verify", "wrong answer"),
     Fate.JUDGED_WRONG: ("verify", "wrong answer"),
     Fate.UNCLEAR: ("verify", "undecided"),
-    Fate.JUDGED_RIGHT: ("select", "too few judged tries"),
+    Fate.JUDGED_RIGHT: ("select", "pass rate outside the band"),
     Fate.FEW_TRIES: ("select", "too few judged tries"),
     Fate.SOLVED_4: ("select", "pass rate outside the band"),
 }
@@ -124,7 +124,7 @@ def _student(place: int, item: Item) -> Rule:
         return Rule(item.answer, item.wrong, (Kind.RIGHT, Kind.FILTERED, Kind.WRONG, Kind.FILTERED))
     right = item.fate.solved if item.fate.solved is not None else TRIES
     kinds = (Kind.RIGHT,) * right + (Kind.WRONG,) * (TRIES - right)
-    # A prose answer in other words: nobody but the judge could tell, and it is not asked about students.
+    # A prose answer in other words: nobody but the judge can tell, and it says of all four that they are right.
     said = item.said if item.fate is Fate.JUDGED_RIGHT else item.answer
     return Rule(said, item.wrong, kinds, faults=_faults(place))
 

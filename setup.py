@@ -11,7 +11,7 @@ packages = [
     "r4b_core.recipes",
 ]
 pages = ["**/*.md", "**/*.html", "**/*.j2", "**/*.css", "**/*.js"]
-data = [*pages, "**/*.txt", "**/*.jsonl", "*.yaml", "py.typed", "*.cpp", "*.cu", "*.h", "*.cuh"]
+data = [*pages, "**/*.txt", "**/*.jsonl", "*.yaml", "curate/*.yaml", "py.typed", "*.cpp", "*.cu", "*.h", "*.cuh"]
 
 setup(
     packages=packages,

@@ -128,11 +128,12 @@ def test_constraints_pin_every_dependency() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["test"]]
     for line in asked:
         requirement = Requirement(line)
         if requirement.name == project["name"]:  # its other extras
-            asked += [other for extra in sorted(requirement.extras) for other in project["optional-dependencies"][extra]]
+            asked += [other for extra in sorted(requirement.extras) for other in extras[extra]]
             continue
         if requirement.name == "setuptools":  # pip freeze leaves it out
             continue

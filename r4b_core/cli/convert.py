@@ -53,6 +53,9 @@ def to_megatron(
         raise typer.BadParameter(f"--init {init} takes {' and '.join(needed)}, not {' and '.join(present) or 'none'}")
 
     from r4b_core.cli.output import say
+    from r4b_core.parallel import device
+
+    device.activate()  # before anything imports Megatron-Core
 
     if source is not None:
         from r4b_core.models.convert import to_megatron
@@ -87,6 +90,10 @@ def to_hf(
 ) -> None:
     """Make a Hugging Face checkpoint, which transformers and vLLM read, from a trained or converted one."""
     from r4b_core.cli.output import say
+    from r4b_core.parallel import device
+
+    device.activate()  # before anything imports Megatron-Core
+
     from r4b_core.models.convert import find_like, to_huggingface
     from r4b_core.models.convert.run import read_recipe
     from r4b_core.telemetry.locate import locate

@@ -353,6 +353,9 @@ def _print(out: Console, report: dict[str, Any], place: torch.device, verdict: V
         _print_verdict(out, report["recipe"]["name"], verdict)
     if report["missing"]:
         out.print(f"\n[red]missing:[/] {escape(', '.join(report['missing']))}")
+    elif verdict is not None and verdict.problems:
+        name = escape(report["recipe"]["name"])
+        out.print(f"\n[red]{len(verdict.problems)} reason(s) above why {name} cannot run here[/]")
     else:
         out.print("\n[green]nothing required is missing[/]")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from r4b_core.cli.main import app
 from r4b_core.config.recipe import ModelConfig
 from r4b_core.evaluate.load import trained_model
+from tests.cli.test_commands import environment
 from tests.models.convert_cases import all_tensors, canonical, no_disk_waits, write_theirs  # noqa: F401
 from tests.models.test_convert_parts import write_language, write_vision
 
@@ -63,6 +66,13 @@ def test_options_that_do_not_go_together(arguments: tuple[str, ...], message: st
     result = convert("to-megatron", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_what_megatron_warns_of_is_not_passed_on(tmp_path: Path) -> None:
+    options = ["convert", "to-hf", "--from", tmp_path, "--to", tmp_path / "out"]
+    command = [sys.executable, "-m", "r4b_core.cli.main", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
 def test_mistakes_are_one_message(tmp_path: Path) -> None:

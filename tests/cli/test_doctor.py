@@ -64,6 +64,8 @@ def test_says_every_reason_why_a_recipe_cannot_run() -> None:
     assert len(reasons) >= 5, result.output
     for reason in ("memory: needs ", "model.processor: checkpoints/", "model.init_from = runs/", "data.train: 'data/"):
         assert any(found.startswith(reason) for found in reasons), reason
+    last = result.output.splitlines()[-1]
+    assert last == f"{len(reasons)} reason(s) above why qwen3-vl-8b-gspo cannot run here"
 
 
 def test_a_layout_that_does_not_fit_is_a_reason() -> None:

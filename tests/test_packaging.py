@@ -68,8 +68,11 @@ def test_wheel_holds_both_packages_their_data_and_the_recipes(copy: Path, whole:
     files = files_of(whole)
     expected = sources(copy / "r4b_core") | sources(copy / "kernels" / "r4b_kernels")
     assert expected - files == set()
-    assert {f"r4b_core/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} <= files
-    assert "r4b_core/telemetry/templates/report.html.j2" in files
+    recipes = {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert len(recipes) > 10 and {f"r4b_core/{path}" for path in recipes} <= files
+    for name in ("telemetry/templates/report.html.j2", "curate/stats/templates/stats.js", "curate/prompts/judge.txt"):
+        assert f"r4b_core/{name}" in files
+    assert "r4b_core/curate/verify/confusions.jsonl" in files
     foreign = {name.split("/")[0] for name in files} - {"r4b_core", "r4b_kernels"}
     assert [name for name in foreign if not name.endswith(".dist-info")] == []
 
@@ -78,8 +81,9 @@ def test_an_unpacked_wheel_finds_its_recipes(whole: Path, tmp_path: Path) -> Non
     """`r4b demo` must not need the checkout."""
     zipfile.ZipFile(whole).extractall(tmp_path / "site")
     program = (
-        "import r4b_core.config.load as load; p = load.load_recipe('demo').source; print(p);"
-        f"assert str(p).startswith({str(tmp_path / 'site')!r})"
+        "import r4b_core.config.load as load, r4b_core.curate.recipe as curate;"
+        "found = [load.load_recipe('demo').source, curate.load_curate_recipe('mmfr-123k').source];"
+        f"assert all(str(p).startswith({str(tmp_path / 'site')!r}) for p in found), found"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=tmp_path, env=environment)

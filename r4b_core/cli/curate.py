@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from r4b_core.cli.arguments import Overrides
+from r4b_core.cli.show import AsYaml, Changed, print_recipe
 
 if TYPE_CHECKING:
     from r4b_core.config.load import Resolved
@@ -76,6 +77,14 @@ def run_all(
     resolved, job = _job(recipe, overrides, run, ray, force)
     run_stages(resolved, job, _tell)
     say(f"page: {write_stats(job.run)}")
+
+
+@app.command()
+def show(recipe: Recipe, overrides: Overrides = None, changed: Changed = False, as_yaml: AsYaml = False) -> None:
+    """Show the complete recipe and where each value came from."""
+    from r4b_core.curate.recipe import load_curate_recipe
+
+    print_recipe(load_curate_recipe(recipe, overrides or ()), changed, as_yaml)
 
 
 @app.command()

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from r4b_core.cli.arguments import Overrides, RecipeName
 
+if TYPE_CHECKING:
+    from r4b_core.config.load import Resolved
+
+Changed = Annotated[bool, typer.Option("--changed", help="Leave out the defaults.")]
+AsYaml = Annotated[bool, typer.Option("--yaml", help="Print the complete recipe as YAML.")]
+
 
 def show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    changed: Annotated[bool, typer.Option("--changed", help="Leave out the defaults.")] = False,
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the complete recipe as YAML.")] = False,
+    changed: Changed = False,
+    as_yaml: AsYaml = False,
 ) -> None:
     """Show the complete recipe and where each value came from."""
+    from r4b_core.config.load import load_recipe
+
+    print_recipe(load_recipe(recipe, overrides or ()), changed, as_yaml)
+
+
+def print_recipe(resolved: Resolved[Any], changed: bool, as_yaml: bool) -> None:
+    """A recipe as a table of setting, value, origin and the file's reason; or as YAML."""
     from rich.markup import escape
     from rich.table import Table
 
     from r4b_core.cli.output import console, say
-    from r4b_core.config.load import DEFAULT, dump_resolved, load_recipe
+    from r4b_core.config.load import DEFAULT, dump_resolved
 
-    resolved = load_recipe(recipe, overrides or ())
     if as_yaml:
         say(dump_resolved(resolved).rstrip())
         return

@@ -26,7 +26,7 @@ def train(
         Resume, typer.Option(help="auto goes on from the newest complete checkpoint; never wants a new folder.")
     ] = Resume.auto,
 ) -> None:
-    """Run a recipe: pre-training, bi-mode annealing, BPO, evaluation.
+    """Run a recipe: pre-training, bi-mode annealing, distillation, BPO or its baselines, evaluation.
 
     On several GPUs: torchrun --nproc-per-node=8 -m r4b_core.cli.main train RECIPE
     """

@@ -28,7 +28,8 @@ class YamlText:
     Attributes:
         data: the value of the document.
         lines: the line (from 1) of every mapping key, by key path.
-        notes: the comment after a key's value, with the comment lines below it that begin in the same column.
+        notes: the comment after a key's value (after the key of a value that stands below it), with the comment lines
+            below it that begin in the same column.
     """
 
     data: Any
@@ -104,7 +105,8 @@ def _find_keys(node: yaml.Node, path: tuple[str, ...], source: list[str], found:
         if below in found.lines:
             raise YamlProblem(f"{'.'.join(below)}: set twice, first on line {found.lines[below]}", line)
         found.lines[below] = line
-        if note := _comment(source, value.end_mark):
+        is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
+        if note := _comment(source, key.end_mark if is_block else value.end_mark):
             found.notes[below] = note
         _find_keys(value, below, source, found)
 
@@ -113,7 +115,7 @@ def _comment(source: list[str], end: yaml.Mark) -> str:
     """The comment that begins after ``end`` on its line, and goes on below in the same column."""
     if end.line >= len(source):
         return ""
-    first = re.match(r"[\s,\]}]*#(.*)", source[end.line][end.column :])
+    first = re.match(r"[\s:,\]}]*#(.*)", source[end.line][end.column :])
     if first is None or not source[end.line][: end.column].strip():
         return ""
     column = end.column + source[end.line][end.column :].index("#")

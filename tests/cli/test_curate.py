@@ -101,3 +101,9 @@ def test_stats_writes_the_page_again(tmp_path: Path, recipe: str) -> None:
     run("standardize", recipe, "--run", str(tmp_path / "run"))
     result = run("stats", str(tmp_path / "run"))
     assert result.exit_code == 0 and Path(result.stdout.strip()).is_file()
+
+
+def test_show_says_where_each_value_comes_from() -> None:
+    shown = CliRunner().invoke(app, ["curate", "show", "mmfr-123k", "--changed", "seed=3"]).output
+    assert "mmfr-123k.yaml" in shown and "command line" in shown and "preset mmfr-123k" in shown
+    assert "paper, section 3.3" in shown

@@ -168,7 +168,9 @@ bpo:
   optim: {lr: 1e-6, weight_decay: 0.1}  # Table 9
   mix: {a: 1}
   group_size: 2  # overridden
-anneal: {steps: 1}
+anneal:  # Table I
+  steps: 1
+  tries: 8  # section 2.1
 """
     resolved = load_recipe(recipe_file(tmp_path, text), ["bpo.group_size=4"])
     assert resolved.notes == {
@@ -176,4 +178,6 @@ anneal: {steps: 1}
         "bpo.steps": "Fig. 8 runs to 320",
         "bpo.optim.lr": "Table 9",
         "bpo.optim.weight_decay": "Table 9",
+        "anneal.steps": "Table I",
+        "anneal.tries": "section 2.1",
     }

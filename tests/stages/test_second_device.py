@@ -21,6 +21,8 @@ from tests.stages.record_files import write_data, write_processor
 from tests.stages.runs import SMALL
 from tests.stages.test_records_run import recipe_of
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu asks that one")
+
 SHORT = ("pretrain.steps=1", "anneal.steps=2", "evaluate.items=2", "checkpoint.every=100", "bpo.probe_every=0")
 SFT = [*SHORT, "distill.steps=0", "bpo.steps=0"]
 

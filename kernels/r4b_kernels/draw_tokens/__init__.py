@@ -14,6 +14,7 @@ __all__ = ["draw_tokens"]
 # Order is preference: the reference serves only where nothing better does.
 dispatch.register("draw_tokens", "native", "r4b_kernels.draw_tokens.native:Backend", native.cpu_available)
 dispatch.register("draw_tokens", "cpu", _cpu.Backend, dispatch.only_on("cpu"))
+dispatch.register("draw_tokens", "triton", "r4b_kernels.draw_tokens.triton:Backend", dispatch.where_triton_runs)
 dispatch.register("draw_tokens", "torch", _cpu.Backend)
 dispatch.register("draw_tokens", "reference", _reference.Backend)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,7 @@ JSON = st.recursive(
     st.sampled_from([None, 1]),
     st.sampled_from([1, 2, 3, 7, 1 << 20]),
     st.sampled_from(["json", "jsonl"]),
+    st.sampled_from([b"", codecs.BOM_UTF8]),
     st.integers(1, 5),
 )
 @settings(max_examples=40, deadline=None)
@@ -294,12 +296,13 @@ def test_pieces_give_the_rows_that_json_gives(
     indent: int | None,
     chunk: int,
     suffix: str,
+    mark: bytes,
     size: int,
 ) -> None:
-    """Whatever the elements hold and wherever chunks end."""
+    """Whatever the elements hold, wherever chunks end, and whether an editor put its mark before them."""
     path = tmp_path_factory.mktemp("json") / f"x.{suffix}"
     lines = "".join(json.dumps(value) + "\n" for value in values)
-    path.write_text(json.dumps(values, indent=indent) if suffix == "json" else lines)
+    path.write_bytes(mark + (json.dumps(values, indent=indent) if suffix == "json" else lines).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "CHUNK", chunk)
         pieces = plan_pieces(path, size, 10**6)

@@ -6,6 +6,7 @@ Parquet's row groups, or by the byte at which a JSON row begins.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -159,12 +160,20 @@ def _json_spans(file: BinaryIO, suffix: str, limit: int, offset: int = 0, keep: 
     if suffix == ".jsonl":
         yield from _lines(file, limit, offset)
         return
+    inside = offset > 0
+    yield from _elements(file, limit, _behind_mark(file, offset), inside=inside, keep=keep)
+
+
+def _behind_mark(file: BinaryIO, offset: int) -> int:
+    """Go to ``offset``, or behind the byte-order mark that some editors begin a file with."""
+    file.seek(0)
+    offset = max(offset, len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0)
     file.seek(offset)
-    yield from _elements(file, limit, offset, inside=offset > 0, keep=keep)
+    return offset
 
 
 def _lines(file: BinaryIO, limit: int, offset: int) -> Iterator[Span]:
-    file.seek(offset)
+    offset = _behind_mark(file, offset)
     row = 0
     while line := file.readline(limit + 1):
         begin, whole = offset, line

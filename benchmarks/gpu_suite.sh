@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in one command: are the kernels right, how fast are they, does a run train. Under 25 minutes.
+# All that wants a GPU, in one command: are the kernels and the trainer right, does a run train, how fast is it all. 25
+# minutes at most.
 #
 # usage: benchmarks/gpu_suite.sh [OUT]     OUT is benchmarks/results/gpu-<name>-<date> unless given
 #
 # Works in an environment with r4b[test] (make test makes one) or with torch, pytest and pytest-benchmark alone: then the
-# last stage is left out and said to be. Every stage runs, whatever came before; the exit status is that of the worst.
+# stages that train are left out and said to be. Every stage runs, whatever came before; the exit status is that of the worst.
 #
 #   R4B_PYTHON   the interpreter to use; otherwise .venv/bin/python where there is one, else python3
 
@@ -46,19 +47,22 @@ if importlib.util.find_spec("triton"):
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
 } | tee "$out/summary.txt"
 
-stage build 3 env R4B_BUILD_CUDA=auto "$python" -m r4b_kernels.build
-stage correctness 8 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider
-if "$python" -c 'import typer, rich' 2>/dev/null; then
-    stage kernels 12 "$python" -m r4b_core.cli.main bench kernels --json "$out/kernels.jsonl"
-else
-    mapfile -t cases < <(find benchmarks/kernels -name '[a-z]*.py' ! -name conftest.py | sort)
-    stage kernels 12 "$python" -m pytest -q "${cases[@]}" -p no:cacheprovider \
-        --benchmark-disable-gc --benchmark-json="$out/kernels.json"
-fi
+stage build 2 env R4B_BUILD_CUDA=auto "$python" -m r4b_kernels.build
+stage correctness 5 "$python" -m pytest -q -m gpu tests/gpu --ignore tests/gpu/test_training.py -p no:cacheprovider
 if "$python" -c 'import megatron.core, transformers' 2>/dev/null; then
-    stage training 5 "$python" -m r4b_core.cli.main train smoke --run "$out/run"
+    stage trainer 5 "$python" -m pytest -q -m gpu tests/gpu/test_training.py -p no:cacheprovider
+    stage training 2 "$python" -m r4b_core.cli.main train smoke --run "$out/run"
+    stage speed 3 "$python" benchmarks/train_speed.py
 else
     echo "== training: left out, Megatron-Core or transformers is not installed" | tee -a "$out/summary.txt"
+fi
+# The longest comes last: what it loses to a limit, nothing else waits for.
+if "$python" -c 'import typer, rich' 2>/dev/null; then
+    stage kernels 8 "$python" -m r4b_core.cli.main bench kernels --json "$out/kernels.jsonl"
+else
+    mapfile -t cases < <(find benchmarks/kernels -name '[a-z]*.py' ! -name conftest.py | sort)
+    stage kernels 8 "$python" -m pytest -q "${cases[@]}" -p no:cacheprovider \
+        --benchmark-disable-gc --benchmark-json="$out/kernels.json"
 fi
 echo "results: $out"
 exit "$worst"

@@ -48,7 +48,7 @@ class Backend:
             "TEMPERATURE": temperature or 1.0,
             "ACC": accumulator(logits.dtype),
         }
-        _sum_blocks[blocks, rows](logits, largest, place, total, product, **constants, num_warps=WARPS)
+        _sum_blocks[rows * blocks,](logits, largest, place, total, product, **constants, num_warps=WARPS)
         nucleus = top_p < 1 and temperature > 0
         _draw[rows,](
             logits, point, forced, largest, place, total, product, token, logprob, entropy,
@@ -82,12 +82,13 @@ def _sum_blocks(
     COUNT: tl.constexpr, BLOCK: tl.constexpr, TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of one block: the largest logit, its first place, the sums of w = exp(x - largest) and of w (x - largest)."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
+    at = tl.program_id(0).to(tl.int64)
+    row, block = at // blocks, tl.program_id(0) % blocks
     x = _load(logits + row * COUNT, block * BLOCK, COUNT, BLOCK, TEMPERATURE, ACC)
     top = tl.max(x, 0)
     weight, exponent = _weights(x, top)
     index = block * BLOCK + tl.arange(0, BLOCK)
-    at = row * tl.num_programs(0) + block
     tl.store(largest + at, top)
     tl.store(place + at, tl.min(tl.where((x == top) & (index < COUNT), index, COUNT), 0))
     tl.store(total + at, tl.sum(weight.to(tl.float64), 0))
@@ -177,9 +178,10 @@ def _sum_from(
     logits, top, threshold, COUNT: tl.constexpr, BLOCK: tl.constexpr, TEMPERATURE: tl.constexpr, ACC: tl.constexpr
 ):
     """The sum of the weights whose bits are at least ``threshold``."""
-    sums = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, COUNT, BLOCK):
-        weight, _ = _weights(_load(logits, start, COUNT, BLOCK, TEMPERATURE, ACC), top)
+    # Two blocks at once, for more bytes on their way.
+    sums = tl.zeros([2 * BLOCK], tl.float64)
+    for start in range(0, COUNT, 2 * BLOCK):
+        weight, _ = _weights(_load(logits, start, COUNT, 2 * BLOCK, TEMPERATURE, ACC), top)
         sums += tl.where(_bits(weight) >= threshold, weight, 0.0).to(tl.float64)
     return tl.sum(sums, 0)
 

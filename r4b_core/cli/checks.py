@@ -67,6 +67,10 @@ def examine(recipe: Recipe, ranks: int, machine: Machine) -> Verdict:
             verdict.problems.append(
                 f"telemetry.loggers: {package} is not installed; pip install {package}, or leave it out"
             )
+    if recipe.data.decoder == "dali" and not machine.has_package("nvidia-dali-cuda120"):
+        verdict.problems.append(
+            "data.decoder = dali: nvidia-dali-cuda120 is not installed; pip install 'r4b[dali]', or set data.decoder = pillow"
+        )
     return verdict
 
 

@@ -114,6 +114,7 @@ def verdict(machine: Machine, *overrides: str, ranks: int = 1, name: str = "smok
             ["telemetry.loggers=[wandb]"],
             "wandb is not installed; pip",
         ),
+        (machine_with(H100, packages=False), ["data.decoder=dali"], "nvidia-dali-cuda120 is not installed; pip"),
         (machine_with(H100, disk=1e6), [], r"checkpoint.keep = \d+: .* has 0\.0 free"),
         (machine_with(H100), ["model.init_from=nowhere"], "model.init_from = nowhere: nowhere: neither a run folder"),
     ],

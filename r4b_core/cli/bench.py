@@ -187,8 +187,6 @@ def append_rows(path: Path, what: What, reports: Sequence[dict[str, Any]]) -> No
                 )
 
 
-
-
 def table(rows: Sequence[Row]) -> Any:
     """Our time, share of the floor reached, and each rival's time over ours (above 1: we are faster)."""
     from rich.markup import escape

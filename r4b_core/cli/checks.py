@@ -69,7 +69,7 @@ def examine(recipe: Recipe, ranks: int, machine: Machine) -> Verdict:
             )
     if recipe.data.decoder == "dali" and not machine.has_package("nvidia-dali-cuda120"):
         verdict.problems.append(
-            "data.decoder = dali: nvidia-dali-cuda120 is not installed; pip install 'r4b[dali]', or set data.decoder = pillow"
+            "data.decoder = dali: nvidia-dali-cuda120 is not installed; pip install 'r4b[dali]', or take pillow"
         )
     return verdict
 

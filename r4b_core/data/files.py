@@ -170,7 +170,7 @@ def teacher_of(row: Row) -> Teacher | None:
 def _open(path: Path, setting: str) -> RecordFile:
     try:
         return _READERS[path.suffix.lower()](path)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{setting}: {path} cannot be read ({error}): write it again, or leave it out") from error
 
 

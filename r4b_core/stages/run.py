@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from r4b_core.config.load import ResolvedRecipe
+from r4b_core.config.recipe import Recipe
 from r4b_core.evaluate.suite import evaluate, table_of
 from r4b_core.parallel import manifest
 from r4b_core.parallel import runtime as parallel_runtime
@@ -21,7 +23,7 @@ from r4b_core.stages.bpo import bpo
 from r4b_core.stages.distill import check_teacher, distill
 from r4b_core.stages.job import Job, StopSignal, check_resume
 from r4b_core.stages.source import check_data
-from r4b_core.telemetry.files import write_atomic
+from r4b_core.telemetry.files import only_writer, write_atomic
 from r4b_core.telemetry.locate import REFERENCE, STAGES, checkpoints, find_resume_point
 from r4b_core.telemetry.metrics import read_metrics
 from r4b_core.telemetry.report import write_report
@@ -41,17 +43,23 @@ def run_recipe(resolved: ResolvedRecipe, run_dir: Path, *, resume: str = "auto")
 
     Raises:
         ValueError: ``resume="never"`` and the folder holds a run; a layout that does not fit; data or a teacher that
-            cannot be used; a recipe that the run in the folder cannot go on under.
+            cannot be used; a recipe that the run in the folder cannot go on under; another run at work there.
         Interrupted: after Ctrl-C, once the state is saved.
     """
     recipe, run_dir = resolved.recipe, Path(run_dir)
+    found = check_data(recipe)
+    check_teacher(recipe)
+    with only_writer(run_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _run_alone(recipe, run_dir, resume, found)
+
+
+def _run_alone(recipe: Recipe, run_dir: Path, resume: str, found: str) -> dict[str, Any]:
+    """``found`` is the fingerprint of the training data."""
     point = find_resume_point(run_dir)
     if point is not None and resume == "never":
         raise ValueError(
             f"--run {run_dir}: holds a run (checkpoint {point.path.name}); give a new folder or --resume auto"
         )
-    found = check_data(recipe)
-    check_teacher(recipe)
     if point is not None:
         check_resume(recipe, run_dir, point, found)
     ranks = parallel_runtime.start(recipe.parallel, seed=recipe.seed)

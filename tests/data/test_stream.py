@@ -291,6 +291,7 @@ REFUSALS = {
     "a folder": ("", r"matches no file .*; to take all of a folder: .*/\*\.parquet"),
     "another kind": ("notes.txt", "is neither .parquet nor .jsonl: `r4b curate standardize` reads more"),
     "half a file": ("half.parquet", r"half\.parquet cannot be read .*: write it again, or leave it out"),
+    "endless brackets": ("deep.jsonl", r"deep\.jsonl cannot be read .*recursion"),
     "other columns": ("other.jsonl", "lacks the columns source, images, response: bring it in with"),
 }
 
@@ -301,6 +302,7 @@ def test_files_that_cannot_be_used_are_refused(case: str, data: Path, tmp_path: 
     (tmp_path / "notes.txt").write_text("x")
     whole = (data / "a.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "deep.jsonl").write_text("[" * 10**5)
     (tmp_path / "other.jsonl").write_text('{"id": "1", "question": "?"}\n')
     with pytest.raises(ValueError, match=words):
         RecordFiles([str(tmp_path / name)], "data.train", ["response"])

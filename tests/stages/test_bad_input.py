@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from r4b_core.telemetry.files import only_writer
 from tests.stages.fork_server import ROOT, Ended, ForkServer
 from tests.stages.runs import SMALL, figures, lines, rollouts
 
@@ -108,6 +109,13 @@ def test_a_new_run_in_the_folder_of_another_recipe_is_refused(server: ForkServer
     started = server.run("train", *SMALL, "--run", run, events=[{"at": "r4b_core.stages.run:pretrain"}])
     assert started.status == -9, started.output
     assert "holds a run of another recipe" in one_error(server.run("train", *SMALL, "seed=3", "--run", run))
+
+
+def test_two_runs_in_one_folder(server: ForkServer, run: Path) -> None:
+    before = bytes_of(run)
+    with only_writer(run):
+        assert "another run is at work here: wait" in one_error(server.run("train", *SMALL, "--run", run))
+    assert bytes_of(run) == before
 
 
 @pytest.mark.parametrize("command", [["generate", "--image", "x.png", "--prompt", "final value ?"], ["eval"]])

@@ -113,8 +113,8 @@ def test_every_stage_trains_on_records(straight_of: dict[str, Path], family: str
 def test_what_cannot_be_used_is_named(straight_of: dict[str, Path], family: str) -> None:
     found = [json.loads(line) for line in (straight_of[family] / "quarantine.jsonl").read_text().splitlines()]
     reasons = {(line["id"], line["reason"]) for line in found}
-    assert {("numbers/en/3", "image cannot be used"), ("words/8", "response cannot be used")} <= reasons
-    assert reasons <= {*reasons, ("numbers/en/13", "question cannot be used")} and len(reasons) == len(found)
+    certain = {("numbers/en/3", "image cannot be used"), ("words/8", "response cannot be used")}
+    assert certain <= reasons <= certain | {("numbers/en/13", "question cannot be used")} and len(reasons) == len(found)
 
 
 PLACES: dict[str, list[dict[str, Any]]] = {

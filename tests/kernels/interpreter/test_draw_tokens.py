@@ -112,6 +112,14 @@ def test_edges() -> None:
     assert draw_tokens(torch.zeros(0, 3), torch.zeros(0, dtype=torch.float64), backend="triton")[0].shape == (0,)
 
 
+def test_a_point_at_an_edge_is_the_token_behind_it(small_blocks: None) -> None:
+    """Weights of 1 have exact sums: of 32 tokens in two blocks, k / 32 is token k."""
+    logits, point = torch.zeros(5, 32), torch.tensor([0, 1, 15, 16, 31], dtype=torch.float64) / 32
+    assert draw_tokens(logits, point, backend="triton")[0].tolist() == [0, 1, 15, 16, 31]
+    # Half of them are the nucleus, all in the first block.
+    assert draw_tokens(logits[:2], point[1:3], top_p=0.5, backend="triton")[0].tolist() == [0, 7]
+
+
 def test_ties_and_gaps_across_blocks(small_blocks: None) -> None:
     """Ties of a nucleus' edge in three blocks, blocks of nothing, and one that is nothing beside the others."""
     logits = torch.full((4, 80), NEVER)

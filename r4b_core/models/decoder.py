@@ -95,6 +95,15 @@ class DecoderModel(LanguageModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
 
+    @staticmethod
+    def loss_rows(hidden: Tensor, source: Tensor) -> Tensor:
+        """[R, H]: the rows ``source`` [R] of [t, H]; a prompt's last row may be asked for many times.
+
+        On a GPU the gradients of such a row are added by indexing's backward, which sorts, and not by that of
+        ``index_select``, whose atomic additions come in another order each time.
+        """
+        return hidden.index_select(0, source) if hidden.device.type == "cpu" else hidden[source]
+
     def head_weight(self) -> Tensor:
         """This rank's shard [V / tp, H] of the head (the embedding table where tied); last stage only."""
         return (

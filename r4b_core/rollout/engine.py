@@ -82,7 +82,11 @@ class EmbeddedEngine:
         if not requests:
             return []
         with self._eval_mode():
-            return _ContinuousBatch(self, prompts, requests, params).run()
+            batch = _ContinuousBatch(self, prompts, requests, params)
+            drawn = batch.run()
+            # The update that follows needs the memory, and the batch is part of a cycle.
+            del batch.cache
+            return drawn
 
     @torch.no_grad()
     def stream(self, prompt: EncodedPrompt, request: Request, params: SamplingParams) -> TokenStream:

@@ -81,7 +81,7 @@ class Qwen3VLModel(DecoderModel):
         hidden = self.decode(embeddings, stream, stack)
         if not self.post_process:
             return hidden
-        return hidden.index_select(0, batch.rows(start, stop).source)
+        return self.loss_rows(hidden, batch.rows(start, stop).source)
 
     def embed_images(self, patches: Tensor, image_grid: Tensor, cu_patches: Tensor) -> tuple[Tensor, Tensor]:
         """Features [F, H] that replace image tokens' embeddings, and DeepStack's [K, F, H].

@@ -44,7 +44,7 @@ class R4BModel(DecoderModel):
         hidden = self.decode(embeddings, stream)
         if not self.post_process:
             return hidden
-        return hidden.index_select(0, batch.rows(start, stop).source)
+        return self.loss_rows(hidden, batch.rows(start, stop).source)
 
     def embed(self, batch: PackedBatch, start: int, stop: int) -> Tensor:
         """Token embeddings [t, H] with the image features and row separators scattered in."""

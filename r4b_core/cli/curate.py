@@ -75,8 +75,17 @@ def run_all(
     from r4b_core.curate.stats.page import write_stats
 
     resolved, job = _job(recipe, overrides, run, ray, force)
-    run_stages(resolved, job, _tell)
+    left: list[int] = []
+
+    def tell(stage: StageName, counts: Counts) -> None:
+        _tell(stage, counts)
+        left.append(counts.num_kept)
+
+    run_stages(resolved, job, tell)
     say(f"page: {write_stats(job.run)}")
+    if not left[-1]:
+        say("no record is left: the reasons above say where they went")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -38,8 +38,10 @@ def train(
     resolved = load_recipe(recipe, overrides or ())
     fit(resolved.recipe, world_size_from_environment())
 
-    from r4b_core.stages.run import run_recipe
+    from r4b_core.stages.run import finished_at, run_recipe
 
     folder = run or Path("runs") / resolved.recipe.name
+    if (done := finished_at(resolved.recipe, folder)) is not None:
+        say(f"{folder}: finished at {done}; nothing is left to train: raise its steps, or give a new --run folder")
     run_recipe(resolved, folder, resume=resume.value)
     say(f"report: {folder / 'report.html'}")

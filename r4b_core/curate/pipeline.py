@@ -14,13 +14,29 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from r4b_core.config.load import Resolved, dump_resolved
+from r4b_core.config.load import RecipeError, Resolved, dump_resolved
 from r4b_core.curate.progress import progress
 from r4b_core.curate.ray_runner import run_stage_on_ray
-from r4b_core.curate.recipe import CurateRecipe, StageName, input_folder, stage_folders
+from r4b_core.curate.recipe import (
+    CurateRecipe,
+    StageName,
+    input_folder,
+    models_without_endpoints,
+    stage_folders,
+)
 from r4b_core.curate.runner import Advance, RecordWork, Work, run_stage
 from r4b_core.curate.stage import Stage
-from r4b_core.curate.store import Counts, Partition, StageStore, folder_counts, open_stage, partitions_of, write_whole
+from r4b_core.curate.store import (
+    Counts,
+    Partition,
+    StageError,
+    StageStore,
+    folder_counts,
+    open_stage,
+    partitions_of,
+    record_files,
+    write_whole,
+)
 
 RESOLVED = "recipe.resolved.yaml"
 JUDGEMENTS = "judgements.jsonl"
@@ -56,7 +72,15 @@ def run_stages(resolved: Resolved[CurateRecipe], job: Job, told: Callable[[Stage
 
     Args:
         told: is given each stage's counts when it is done.
+
+    Raises:
+        RecipeError: a stage that is not finished needs a model that no endpoint serves.
+        ValueError: see `run_one`.
     """
+    folders = stage_folders(job.recipe, job.run)
+    open_stages = [stage for stage, folder in folders.items() if job.force or not _is_finished(folder)]
+    if missing := models_without_endpoints(job.recipe, open_stages):
+        raise RecipeError(job.recipe.name, missing)
     for stage in stage_folders(job.recipe, job.run):
         told(stage, run_one(resolved, job, stage))
 
@@ -139,6 +163,13 @@ def _ask(
     with open_stage(folder, stage, asked, partitions, force=job.force) as store:
         run_stage(store, AskWork(make, settings, folder, tuple(store.pending())), 0, advance)
         return store.counts()
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return bool(record_files(folder))
+    except StageError:
+        return False
 
 
 def _input(job: Job, stage: StageName) -> list[Partition]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import r4b_core
 from r4b_core.config.load import RecipeError, Resolved, load_settings
@@ -41,6 +41,30 @@ class CurateRecipe(Settings):
     )
     score: ScoreSettings = ScoreSettings()
     select: SelectSettings = SelectSettings()
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_are_some(cls, stages: list[StageName]) -> list[StageName]:
+        if not stages or len(set(stages)) < len(stages):
+            raise ValueError(f"name at least one stage, and each once; they run in the order {', '.join(STAGES)}")
+        return stages
+
+
+def models_without_endpoints(recipe: CurateRecipe, stages: Sequence[StageName]) -> list[str]:
+    """What has to be named before these stages can run, one sentence each."""
+    needed = []
+    if "generate" in stages:
+        needed.append(("generate.teacher", recipe.generate.teacher))
+        if recipe.generate.caption.enabled:
+            needed.append(("generate.caption.captioner", recipe.generate.caption.captioner))
+    if "score" in stages:
+        needed.append(("score.student", recipe.score.student))
+    return [
+        f"{key}.endpoints is empty: start a server of {model.model} and name it, such as "
+        f"{key}.endpoints=[http://host:8000/v1]"
+        for key, model in needed
+        if not model.endpoints
+    ]
 
 
 def stage_folders(recipe: CurateRecipe, run: str | Path) -> dict[StageName, Path]:

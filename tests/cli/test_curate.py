@@ -107,3 +107,22 @@ def test_show_says_where_each_value_comes_from() -> None:
     shown = CliRunner().invoke(app, ["curate", "show", "mmfr-123k", "--changed", "seed=3"]).output
     assert "mmfr-123k.yaml" in shown and "command line" in shown and "preset mmfr-123k" in shown
     assert "paper, section 3.3" in shown
+
+
+@pytest.mark.parametrize("stages", ["[]", "[standardize,standardize]"])
+def test_stages_that_make_no_sense_are_refused(recipe: str, stages: str) -> None:
+    result = run("run", recipe, f"stages={stages}")
+    assert result.exit_code == 2 and "at least one stage, and each once" in result.stderr
+
+
+def test_models_that_nobody_serves_are_told_before_anything_runs(tmp_path: Path, recipe: str) -> None:
+    folder = tmp_path / "run"
+    result = run("run", recipe, "stages=[standardize,generate,score]", "--run", str(folder))
+    assert result.exit_code == 2 and not folder.exists()
+    for key in ("generate.teacher.endpoints", "score.student.endpoints"):
+        assert f"{key} is empty" in result.stderr
+
+
+def test_a_run_that_leaves_nothing_says_so(tmp_path: Path, recipe: str) -> None:
+    result = run("run", recipe, "verify.template.min_words=100000", "--run", str(tmp_path / "run"))
+    assert result.exit_code == 1 and "no record is left" in result.stdout

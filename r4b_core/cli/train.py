@@ -38,7 +38,8 @@ def train(
     resolved = load_recipe(recipe, overrides or ())
     fit(resolved.recipe, world_size_from_environment())
 
-    from r4b_core.stages.run import finished_at, run_recipe
+    from r4b_core.stages.run import run_recipe
+    from r4b_core.telemetry.locate import finished_at
 
     folder = run or Path("runs") / resolved.recipe.name
     if (done := finished_at(resolved.recipe, folder)) is not None:

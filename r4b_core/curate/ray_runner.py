@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import pickle
 import socket
-from functools import lru_cache
 from typing import Any
 
 from r4b_core.curate.runner import Advance, Process, Work, run_partition
@@ -101,15 +99,20 @@ def _do(store: StageStore, partition: Partition, work: Work) -> tuple[str, int]:
     told: list[int] = []
     try:
         if not store.is_finished(partition):
-            run_partition(store, partition, _opened(pickle.dumps(work)), told.append)
+            run_partition(store, partition, _opened(store, work), told.append)
     except StageError as error:
         return str(error), 0
     return "", sum(told)
 
 
-@lru_cache(maxsize=1)
-def _opened(pickled: bytes) -> Process:
-    """The work, opened once in each of Ray's processes and closed at its end."""
-    stack = contextlib.ExitStack()
-    atexit.register(stack.close)
-    return stack.enter_context(pickle.loads(pickled).open())
+_open: dict[tuple[str, str, str], Process] = {}
+
+
+def _opened(store: StageStore, work: Work) -> Process:
+    """The work on a stage, opened once in each of Ray's processes and closed at its end."""
+    key = (str(store.folder), store.stage, store.fingerprint)
+    if key not in _open:
+        stack = contextlib.ExitStack()
+        atexit.register(stack.close)
+        _open[key] = stack.enter_context(work.open())
+    return _open[key]

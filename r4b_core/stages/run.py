@@ -96,15 +96,6 @@ def _run_alone(recipe: Recipe, run_dir: Path, resume: str, found: str) -> dict[s
         ranks.stop()
 
 
-def finished_at(recipe: Recipe, run_dir: Path) -> str | None:
-    """The stage and step that a run in this folder ended with; None where something is left to train, or nothing."""
-    point = find_resume_point(run_dir)
-    stages = [(stage, steps) for stage, steps in stage_steps(recipe).items() if steps]
-    if point is None or not stages or (point.stage, point.step) != stages[-1]:
-        return None
-    return f"{point.stage} step {point.step}"
-
-
 def remove_leftovers(run_dir: Path, keep: int) -> None:
     """Remove what a killed run left: half-written files and folders, and checkpoints that it had yet to prune."""
     for stage in (*STAGES, REFERENCE):

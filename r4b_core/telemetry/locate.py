@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from r4b_core.config.recipe import Recipe
 from r4b_core.parallel import checkpoint
-from r4b_core.telemetry.run import RECIPE
+from r4b_core.telemetry.run import RECIPE, stage_steps
 
 STAGES = ("pretrain", "anneal", "distill", "bpo")
 REFERENCE = "reference"
@@ -52,3 +53,12 @@ def locate(path: Path) -> tuple[Path, Path]:
     if path.is_dir() and recipe.is_file():
         return path, recipe
     raise ValueError(f"{path}: neither a run folder nor a checkpoint in one (RUN/checkpoints/STAGE/step_*)")
+
+
+def finished_at(recipe: Recipe, run_dir: Path) -> str | None:
+    """The stage and step that a run in this folder ended with; None where something is left to train, or nothing."""
+    point = find_resume_point(run_dir)
+    stages = [(stage, steps) for stage, steps in stage_steps(recipe).items() if steps]
+    if point is None or not stages or (point.stage, point.step) != stages[-1]:
+        return None
+    return f"{point.stage} step {point.step}"

@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], tuple[Path, Question]], str]] = 
     "no tokenizer": (lambda f, t: (without(f, t, "tokenizer.json"), Question("?")), "tokenizer.json is not a readable"),
     "no image settings": (
         lambda f, t: (without(f, t, "preprocessor_config.json"), Question("?")),
-        "preprocessor_config.json: not the image settings",
+        "preprocessor_config.json: no readable image settings",
     ),
     "another family": (
         lambda f, t: (edited(f, t, "config.json", architectures=["LlamaForCausalLM"]), Question("?")),

@@ -273,15 +273,24 @@ class Band:
     def parse(text: str) -> Band:
         """
         Raises:
-            ValueError: it is no interval, or an empty one.
+            ValueError: it is no interval within 0 and 1, or an empty one.
         """
         match = _INTERVAL.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is no band: write an interval of pass rates such as '[0,0.25)', or 'unknown'")
+            raise ValueError(
+                f"{text!r} is no band: write an interval of pass rates such as '[0,0.25)', where [ ] take an end "
+                "in and ( ) leave it out"
+            )
         band = Band(float(match[2]), float(match[3]), match[1] == "[", match[4] == "]")
-        if not (band.low < band.high or (band.low == band.high and band.holds_low and band.holds_high)):
-            raise ValueError(f"{text!r} holds no pass rate: the first number is to be the smaller one")
+        is_one = band.low == band.high and band.holds_low and band.holds_high
+        if band.high > 1 or not (band.low < band.high or is_one):
+            raise ValueError(f"{text!r} holds no pass rate: two numbers within 0 and 1, the smaller one first")
         return band
+
+    def holds(self, rate: Any) -> Any:
+        """Whether a rate, or each of an array of rates, lies in it."""
+        above = rate >= self.low if self.holds_low else rate > self.low
+        return above & (rate <= self.high if self.holds_high else rate < self.high)
 
 
 class PackingConfig(Settings):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from r4b_core.config.recipe import Settings
+from r4b_core.config.recipe import Band, Settings
 from r4b_core.curate.runner import Advance, Process, Work
 from r4b_core.curate.stage import Outcome
 from r4b_core.curate.standardize.formats import WORD
@@ -45,38 +44,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mmfr-123k": {"pass_rate": "[0, 0]", "min_tries": 4, "modes": "thinking"},
     "mmfr-586k": {"pass_rate": "[0, 1)", "min_tries": 4, "modes": "thinking"},
 }
-_BAND = re.compile(r"([\[(])\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*([\])])")
-
-
-@dataclass(frozen=True)
-class Band:
-    """An interval of pass rates that says of each end whether it belongs."""
-
-    low: float
-    high: float
-    with_low: bool
-    with_high: bool
-
-    @classmethod
-    def parse(cls, text: str) -> Band:
-        """Read ``[0, 1)``.
-
-        Raises:
-            ValueError: if it is no interval within 0 and 1, or an empty one.
-        """
-        match = _BAND.fullmatch(text.strip())
-        if match is None:
-            raise ValueError(f'{text!r} is no interval: write "[0, 1)", where [ ] take the end in and ( ) leave it out')
-        band = cls(float(match[2]), float(match[3]), match[1] == "[", match[4] == "]")
-        if not 0 <= band.low <= band.high <= 1:
-            raise ValueError(f"{text!r}: a pass rate lies within 0 and 1, and the lower end comes first")
-        if band.low == band.high and not (band.with_low and band.with_high):
-            raise ValueError(f"{text!r} is empty: write [{match[2]}, {match[3]}] for this one value")
-        return band
-
-    def holds(self, rate: float) -> bool:
-        above = rate >= self.low if self.with_low else rate > self.low
-        return above and (rate <= self.high if self.with_high else rate < self.high)
 
 
 class GeneralSettings(Settings):

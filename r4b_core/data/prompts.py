@@ -173,9 +173,7 @@ class PromptSampler:
     def _members(self, name: str) -> NDArray[np.bool_]:
         if name == UNKNOWN_BAND:
             return np.isnan(self._rates)
-        band = Band.parse(name)
-        above = self._rates >= band.low if band.holds_low else self._rates > band.low
-        return above & (self._rates <= band.high if band.holds_high else self._rates < band.high)
+        return Band.parse(name).holds(self._rates)
 
     def _least_drawn(self, candidates: NDArray[np.bool_], count: int) -> list[int]:
         """Those with the fewest rounds, in a random order that differs from round to round (SplitMix64)."""

@@ -161,7 +161,7 @@ def open_generate(settings: GenerateSettings, background: Background, journal: J
 
 
 def loops(text: str) -> bool:
-    """Whether the reasoning holds a sequence of 50 words three times (MMFineReason 3.3)."""
+    """Whether the reasoning repeats itself by the rule of `verify` (MMFineReason 3.3)."""
     return repeated(text.partition(THINK_CLOSE)[0].split()) is not None
 
 
